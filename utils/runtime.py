@@ -1,0 +1,136 @@
+"""What the machine offers: seeds, device, precision, and the versions a result is quoted with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python's, NumPy's and torch's global generators.
+
+    On CPU the same seed and thread count then give bit-identical runs. On CUDA that also takes ``deterministic``,
+    which swaps the fastest convolution algorithms for reproducible ones.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.deterministic = deterministic
+        if deterministic:
+            # cuBLAS reads this once, at its first call; without it the linear layer stays nondeterministic.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to train on: ``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that torch does not know or this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}: choose 'auto', 'cpu' or 'cuda'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}: Session 10 runs on 'cpu' and 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no GPU here: use --device cpu, or install a CUDA driver")
+    return device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the forward pass computes: ``name`` is "fp32", "bf16" or "fp16" on ``device``.
+
+    Weights, optimizer state and the loss stay in float32; autocast lowers only the operations that stand it.
+    """
+
+    name: str
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    def autocast(self) -> torch.autocast:
+        """A context manager for the forward pass; does nothing in fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss so that fp16 gradients do not underflow; a no-op in fp32 and bf16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """Resolve ``"auto"``: bf16 where the hardware really computes in it, else fp16 on a GPU and fp32 on a CPU.
+
+    An Ampere or newer GPU has bf16; a T4 claims to but emulates it, so it gets fp16. A CPU has it with AVX512-BF16 or
+    AMX, where it more than doubles the speed of the full model; elsewhere bf16 would be emulated and slower than fp32.
+
+    Raises:
+        ValueError: fp16 asked for on a CPU, where autocast to it is not supported for training.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        else:
+            name = "bf16" if _cpu_has_bf16() else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("precision is 'fp16' on a CPU: use 'fp32', or 'bf16' where the processor has it")
+    return Precision(name, device)
+
+
+def _cpu_has_bf16() -> bool:
+    """True where the processor multiplies bf16 in hardware, as listed by torch (x86 capabilities, Linux and Windows)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "amx_tile"))
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called, for logs: the GPU's name, or the processor's with the number of threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """The versions a result is quoted with."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def code_commit() -> str:
+    """The commit of the code that is running, with ``+`` behind it when files differ; "unknown" outside git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

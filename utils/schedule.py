@@ -1,0 +1,92 @@
+"""The one-cycle policy: up to the peak, down again, one linear ramp each, and nothing after.
+
+Smith, *A disciplined approach to neural network hyper-parameters* (2018), https://arxiv.org/abs/1803.09820, adds a last
+phase in which the LR falls far below where it began ("annihilation"). The assignment leaves it out: the cycle ends
+where it started, at LRMIN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+
+# The range that fastai and torch cycle Adam's beta1 through, mirrored to the LR: low momentum at high LR.
+BETA1_RANGE = (0.85, 0.95)
+
+
+def one_cycle(
+    optimizer: Optimizer,
+    lr_min: float,
+    lr_max: float,
+    epochs: int,
+    peak_epoch: int,
+    steps_per_epoch: int,
+    cycle_beta1: bool = False,
+) -> OneCycleLR:
+    """The cycle as a torch scheduler; call its ``step()`` after every batch.
+
+    Args:
+        optimizer: its LR (and beta1, with ``cycle_beta1``) is set from the first step on.
+        lr_min: LR of the first and the last step.
+        lr_max: LR of the last step of epoch ``peak_epoch``.
+        epochs: length of the cycle.
+        peak_epoch: the epoch, counted from 1, at whose last step the LR peaks.
+        steps_per_epoch: batches an epoch.
+        cycle_beta1: move Adam's beta1 from 0.95 to 0.85 at the peak and back. torch does so unless told not to;
+            here it is off unless asked for.
+
+    Raises:
+        ValueError: LRs or lengths that make no cycle.
+    """
+    _check(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+    return OneCycleLR(
+        optimizer,
+        max_lr=lr_max,
+        total_steps=epochs * steps_per_epoch,
+        pct_start=peak_epoch / epochs,
+        anneal_strategy="linear",
+        div_factor=lr_max / lr_min,  # the first LR is max_lr / div_factor
+        final_div_factor=1.0,  # the last LR is the first one / final_div_factor: no annihilation
+        cycle_momentum=cycle_beta1,
+        base_momentum=BETA1_RANGE[0],
+        max_momentum=BETA1_RANGE[1],
+    )
+
+
+def one_cycle_lrs(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> np.ndarray:
+    """The LR of every step, computed from the definition rather than by running the scheduler.
+
+    Returns:
+        (epochs * steps_per_epoch,) float64.
+
+    Raises:
+        ValueError: LRs or lengths that make no cycle.
+    """
+    _check(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+    return _ramps(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+
+
+def one_cycle_beta1s(epochs: int, peak_epoch: int, steps_per_epoch: int) -> np.ndarray:
+    """Adam's beta1 at every step when it cycles: the LR's mirror image. (epochs * steps_per_epoch,) float64."""
+    low, high = BETA1_RANGE
+    return _ramps(high, low, epochs, peak_epoch, steps_per_epoch)
+
+
+def _ramps(end: float, peak: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> np.ndarray:
+    last = epochs * steps_per_epoch - 1
+    return np.interp(np.arange(last + 1), [0, peak_epoch * steps_per_epoch - 1, last], [end, peak, end])
+
+
+def _check(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
+    if not 0 < lr_min < lr_max:
+        raise ValueError(f"lr_min is {lr_min} and lr_max is {lr_max}: the cycle needs 0 < lr_min < lr_max")
+    if steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch is {steps_per_epoch}: an epoch has at least 1 batch")
+    if not 1 <= peak_epoch < epochs:
+        raise ValueError(
+            f"epochs is {epochs} and peak_epoch is {peak_epoch}: the peak comes in epoch 1 or later and before the "
+            f"last one; train for at least {peak_epoch + 1} epochs or lower peak_epoch"
+        )
+    if peak_epoch * steps_per_epoch < 2:
+        raise ValueError("the LR rises within a single step: use a smaller batch, or a later peak_epoch")

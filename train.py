@@ -67,9 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_config(args: argparse.Namespace) -> configs.Config:
     changes = {name: getattr(args, name) for name in ("epochs", "batch_size") if getattr(args, name) is not None}
-    changes |= {
-        name: getattr(args, name) for name in ("seed", "pipeline", "num_workers", "precision", "deterministic")
-    }
+    changes |= {name: getattr(args, name) for name in ("seed", "pipeline", "num_workers", "precision", "deterministic")}
     return configs.from_profile(args.profile, **changes)
 
 

@@ -105,7 +105,6 @@ class RunFolder:
             raise CheckpointError("; ".join(problems) + f": delete {self.path} to start again")
         return False
 
-
     def write_record(self, record: dict) -> None:
         """Keep what is known before the first epoch (the LR range test, the machine) as ``run.json``."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -205,7 +204,9 @@ def restore(content: dict, path: Path, state: TrainState, config: Config, data_f
     shapes = {name: tuple(value.shape) for name, value in state.model.state_dict().items()}
     if saved_shapes != shapes:
         names = [name for name in {**saved_shapes, **shapes} if saved_shapes.get(name) != shapes.get(name)]
-        differing.append(f"another model ({names[0]} is {saved_shapes.get(names[0])} there, {shapes.get(names[0])} here)")
+        differing.append(
+            f"another model ({names[0]} is {saved_shapes.get(names[0])} there, {shapes.get(names[0])} here)"
+        )
     if differing:
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(differing)}. Choose another run folder, or delete this one"

@@ -304,7 +304,9 @@ def _decode_cached(folder: Path, listings: dict[str, list[tuple[str, Path]]]) ->
         try:
             with np.load(cache, allow_pickle=False) as stored:
                 arrays = {split: stored[split] for split in listings}
-            if all(arrays[split].shape == (len(listing), IMAGE_SIZE, IMAGE_SIZE, 3) for split, listing in listings.items()):
+            if all(
+                arrays[split].shape == (len(listing), IMAGE_SIZE, IMAGE_SIZE, 3) for split, listing in listings.items()
+            ):
                 return arrays
         except Exception as error:  # zip, CRC, format and I/O errors alike: the pictures are still there
             warnings.warn(f"{cache} is damaged ({error}); decoding the images again", stacklevel=2)
@@ -312,14 +314,18 @@ def _decode_cached(folder: Path, listings: dict[str, list[tuple[str, Path]]]) ->
     files = [path for listing in listings.values() for _, path in listing]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         decoded = list(
-            tqdm(pool.map(read_image, files, chunksize=256), total=len(files), desc="Decoding images (once)", unit="img")
+            tqdm(
+                pool.map(read_image, files, chunksize=256), total=len(files), desc="Decoding images (once)", unit="img"
+            )
         )
     split_at = len(listings["train"])
     arrays = {"train": np.stack(decoded[:split_at]), "test": np.stack(decoded[split_at:])}
     try:
         _save_atomically(cache, arrays)
     except OSError as error:
-        warnings.warn(f"the decoded images could not be kept in {cache.parent} ({error}); next time takes as long", stacklevel=2)
+        warnings.warn(
+            f"the decoded images could not be kept in {cache.parent} ({error}); next time takes as long", stacklevel=2
+        )
     return arrays
 
 
@@ -438,7 +444,9 @@ def _fetch(url: str, file) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     with urllib.request.urlopen(url, timeout=DOWNLOAD_STALL_SECONDS) as response:
         total = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"CIFAR-10 from {urllib.parse.urlsplit(url).netloc}") as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc=f"CIFAR-10 from {urllib.parse.urlsplit(url).netloc}"
+        ) as bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 digest.update(chunk)

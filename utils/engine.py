@@ -337,7 +337,9 @@ def fit(
 
 
 def table_header() -> str:
-    return f"{'epoch':>5} {'lr':>9} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
+    return (
+        f"{'epoch':>5} {'lr':>9} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
+    )
 
 
 def table_row(history: History, epoch: int) -> str:

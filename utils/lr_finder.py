@@ -65,9 +65,7 @@ class LRRange:
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
-        return {
-            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
-        }
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> LRRange:

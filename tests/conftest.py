@@ -1,0 +1,54 @@
+"""Shared fixtures: small synthetic data everywhere, real CIFAR-10 where it is at hand."""
+
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.dataset import CIFAR10_CLASSES, ImageDataset, load_dataset
+
+THREADS = 2  # fixed: the same thread count gives bit-identical CPU runs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fixed_threads():
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> ImageDataset:
+    """Real CIFAR-10; skips where no copy is named."""
+    folder = os.environ.get("CIFAR10_DIR")
+    if not folder:
+        pytest.skip("needs real CIFAR-10: set CIFAR10_DIR to a folder that holds it")
+    return load_dataset(folder)
+
+
+@pytest.fixture(scope="session")
+def toy() -> ImageDataset:
+    """60 train and 30 test images in ten classes: each class a colour with noise, so that it can be learned."""
+    rng = np.random.default_rng(0)
+
+    def split(count: int):
+        labels = np.arange(count, dtype=np.int64) % 10
+        colour = np.stack([labels * 25, 255 - labels * 25, (labels % 3) * 100], axis=1)[:, None, None, :]
+        noise = rng.integers(-20, 20, (count, 32, 32, 3))
+        return np.clip(colour + noise, 0, 255).astype(np.uint8), labels
+
+    return ImageDataset(*split(60), *split(30), CIFAR10_CLASSES, "image-folder", "toy images")
+
+
+@pytest.fixture
+def image_folder(tmp_path, toy):
+    """The toy images as PNG files, ``{train,test}/<class>/<index>.png``; returns the folder."""
+    for name in ("train", "test"):
+        images, labels = getattr(toy, f"{name}_images"), getattr(toy, f"{name}_labels")
+        for index, (image, label) in enumerate(zip(images, labels)):
+            folder = tmp_path / "images" / name / toy.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index:05d}.png")
+    return tmp_path / "images"

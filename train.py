@@ -21,8 +21,18 @@ from utils import config as configs
 from utils import runtime
 from utils.checkpoint import CheckpointError, RunFolder, RunLockedError
 from utils.dataset import DatasetError, load_dataset, make_loaders
-from utils.engine import NonFiniteLossError, evaluate, fit, make_criterion, make_optimizer, start
+from utils.engine import NonFiniteLossError, fit, make_criterion, make_optimizer, start
 from utils.lr_finder import LRRange, LRRangeError, find_lr
+from utils.report import (
+    build_metrics,
+    close_history,
+    duration,
+    final_test,
+    make_figures,
+    results_folder,
+    run_record,
+    write_results,
+)
 
 EXIT_FAILED = 1  # the run could not be finished; the message says why and what is kept
 EXIT_USAGE = 2  # a wrong setting, as argparse has it
@@ -48,6 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: 512 in full, 64 in quick)")
     parser.add_argument("--run-dir", type=Path, help="checkpoints and results (default: runs/PROFILE-seedN)")
+    parser.add_argument(
+        "--publish", action="store_true", help="a full run on CIFAR-10 replaces Results/, training_logs.md and README"
+    )
+    parser.add_argument("--note", default="", help="a sentence about this run, kept with its results")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
     parser.add_argument(
         "--pipeline",
@@ -109,17 +123,7 @@ def run(args: argparse.Namespace) -> None:
                 steps=config.range_test_steps,
                 rule=config.lr_rule,
             )
-            record = {
-                "config": config.to_dict(),
-                "lr_range": lr_range.to_dict(),
-                "range_test_seconds": time.perf_counter() - began,
-                "data": dataset.description,
-                "source": dataset.source,
-                "device": runtime.device_name(device),
-                "precision": precision.name,
-                "versions": runtime.versions(),
-                "commit": runtime.code_commit(),
-            }
+            record = run_record(config, lr_range, time.perf_counter() - began, dataset, precision)
             folder.write_record(record)
         lr_range = LRRange.from_dict(record["lr_range"])
         print(f"LR range test: LRMIN {lr_range.lr_min:.2e}, LRMAX {lr_range.lr_max:.2e} (rule {lr_range.rule})")
@@ -135,10 +139,15 @@ def run(args: argparse.Namespace) -> None:
             precision=precision,
             after_epoch=lambda state: folder.save(state, config, fingerprint),
         )
-        mirrored = evaluate(state.tested_model, test_loader, precision=precision, tta=True)
+        plain, mirrored = final_test(state.tested_model, dataset, device)
+        close_history(state.history, plain)
+        metrics = build_metrics(record, config, state.history, plain, mirrored, dataset.classes)
+        results = results_folder(config, dataset, run_dir) if args.publish else run_dir
+        figures = make_figures(dataset, config, lr_range, state.history, plain)
+        write_results(results, metrics, state.tested_model, figures, note=args.note)
         print(
-            f"done in {sum(state.history.seconds):.0f} s: test accuracy {state.history.test_accuracy[-1]:.2f}% "
-            f"({mirrored.accuracy:.2f}% with flip TTA), results in {run_dir}"
+            f"done: test accuracy {plain.accuracy:.2f}% ({mirrored.accuracy:.2f}% with flip TTA) after "
+            f"{state.history.epochs} epochs in {duration(metrics['wall_seconds'])}; results in {results}"
         )
 
 

@@ -119,6 +119,7 @@ class Config:
             f"it must be positive and below range_test_end, which is {self.range_test_end}",
         )
         require(self.range_test_steps >= 20, "range_test_steps", "a readable curve needs at least 20 steps")
+        require(0 <= self.seed < 2**63, "seed", "it must be 0 or more, and below 2**63")
         require(
             self.precision in ("auto", "fp32", "bf16", "fp16"), "precision", "choose 'auto', 'fp32', 'bf16' or 'fp16'"
         )

@@ -1,0 +1,130 @@
+"""What the trained network gets right and wrong. Everything returned is a NumPy array or a number: no figure is drawn here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.engine import predict_batches
+from utils.runtime import Precision
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The network's answers on N images, in the images' order.
+
+    Attributes:
+        probabilities: (N, C) float32, each row sums to 1.
+        labels: (N,) int64, the true classes.
+    """
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(N,) int64, the most probable class of each image."""
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100.0 * float((self.predicted == self.labels).mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        true = self.probabilities[np.arange(len(self.labels)), self.labels].astype(np.float64)
+        return float(-np.log(np.maximum(true, np.finfo(np.float32).tiny)).mean())
+
+
+def predict(model: nn.Module, loader: Iterable, *, precision: Precision, tta: bool = False) -> Predictions:
+    """Class probabilities for every image of an unshuffled ``loader``, in eval mode.
+
+    Args:
+        model: the network.
+        loader: (B, 3, 32, 32) float images and (B,) int64 labels.
+        precision: of the forward pass.
+        tta: average the logits of each image and of its mirror image first.
+    """
+    probabilities, labels = [], []
+    for logits, batch_labels in predict_batches(model, loader, precision=precision, tta=tta):
+        probabilities.append(logits.softmax(dim=1).cpu())
+        labels.append(batch_labels.cpu())
+    return Predictions(torch.cat(probabilities).numpy(), torch.cat(labels).numpy())
+
+
+def confusion_matrix(predictions: Predictions) -> np.ndarray:
+    """(C, C) int64: entry [i, j] counts the images of class i that were taken for class j."""
+    classes = predictions.probabilities.shape[1]
+    pairs = predictions.labels * classes + predictions.predicted
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def per_class_accuracy(predictions: Predictions) -> np.ndarray:
+    """(C,) float64, percent; NaN for a class without images."""
+    matrix = confusion_matrix(predictions)
+    totals = matrix.sum(axis=1)
+    return np.divide(100.0 * matrix.diagonal(), totals, out=np.full(len(matrix), np.nan), where=totals > 0)
+
+
+def class_accuracy_lines(predictions: Predictions, classes: tuple[str, ...]) -> list[str]:
+    """One line a class, as ``Accuracy for class: plane is 94.3 %``."""
+    return [
+        f"Accuracy for class: {name} is {accuracy:.1f} %"
+        for name, accuracy in zip(classes, per_class_accuracy(predictions))
+    ]
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """Wrong answers, the most confident first; all arrays have one entry a mistake.
+
+    Attributes:
+        index: which image of the loader.
+        predicted, true: class numbers.
+        predicted_probability, true_probability: what the network gave each of the two.
+    """
+
+    index: np.ndarray
+    predicted: np.ndarray
+    true: np.ndarray
+    predicted_probability: np.ndarray
+    true_probability: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def confident_mistakes(predictions: Predictions, count: int | None = None) -> Mistakes:
+    """The ``count`` wrong answers that the network was surest of (None: all of them); fewer when there are fewer.
+
+    Raises:
+        ValueError: a negative ``count``.
+    """
+    if count is not None and count < 0:
+        raise ValueError(f"count is {count}: ask for 0 mistakes or more")
+    predicted = predictions.predicted
+    wrong = np.flatnonzero(predicted != predictions.labels)
+    confidence = predictions.probabilities[wrong, predicted[wrong]]
+    index = wrong[np.argsort(-confidence, kind="stable")][:count]
+    return Mistakes(
+        index=index,
+        predicted=predicted[index],
+        true=predictions.labels[index],
+        predicted_probability=predictions.probabilities[index, predicted[index]],
+        true_probability=predictions.probabilities[index, predictions.labels[index]],
+    )
+
+
+def frequent_confusions(predictions: Predictions, count: int = 5) -> list[tuple[int, int, int]]:
+    """The most frequent ``(true, predicted, how often)`` mix-ups, most frequent first."""
+    matrix = confusion_matrix(predictions)
+    np.fill_diagonal(matrix, 0)
+    order = np.argsort(-matrix, axis=None, kind="stable")[:count]
+    pairs = (np.unravel_index(flat, matrix.shape) for flat in order)
+    return [(int(true), int(taken), int(matrix[true, taken])) for true, taken in pairs if matrix[true, taken]]

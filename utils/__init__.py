@@ -11,6 +11,8 @@
 9. ``analysis``    predictions, mistakes, per-class accuracy
 10. ``plotting``   arrays in, figures out
 11. ``report``     metrics.json, training_logs.md and the README's tables
+12. ``lesson``     the small experiments beside the main job
+13. ``colab``      set-up on Google Colab, and nowhere else
 
 Each module imports only from those above it.
 """

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe & Ito, *Color Universal Design* (2008).
@@ -77,7 +78,7 @@ def image_grid(pictures: np.ndarray, titles: Sequence[str], title: str, columns:
     """
     rows = -(-len(pictures) // columns)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.45 + 1.02 * rows * 10 / columns, rows, columns, squeeze=False)
+        figure, axes = _figure(0.4 + 1.06 * rows * 10 / columns, rows, columns, squeeze=False)
         for axis in axes.flat:
             axis.set_axis_off()
         for axis, picture, word in zip(axes.flat, pictures, titles):
@@ -211,7 +212,7 @@ def one_cycle(
         axis.annotate(
             f"LRMIN {lrs[-1]:.1e}",
             (epoch[-1], lrs[-1]),
-            xytext=(0, 8),
+            xytext=(0, 26),
             textcoords="offset points",
             ha="right",
             fontsize=9,
@@ -272,7 +273,7 @@ def training_curves(
         right.annotate(
             f"{test_accuracy[-1]:.2f}%",
             (epochs[-1], test_accuracy[-1]),
-            xytext=(0, 6),
+            xytext=(0, -14),
             textcoords="offset points",
             ha="right",
             color=BLUE,
@@ -328,7 +329,7 @@ def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     percent = 100.0 * matrix / totals
     diagonal = np.eye(len(matrix), dtype=bool)
     labels = np.array([[f"{value:.1f}" if value >= 0.05 else "" for value in row] for row in percent])
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
+    with mpl.rc_context(STYLE):
         figure, axis = _figure(6.6)
         sns.heatmap(
             np.where(diagonal, np.nan, percent),
@@ -357,6 +358,7 @@ def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
                 fontweight="bold" if on_diagonal else "normal",
                 color="white" if dark else "black",
             )
+        axis.grid(False)  # rc_context cannot: the axes were made under the shared style
         axis.set_xlabel("predicted")
         axis.set_ylabel("true")
         axis.tick_params(length=0)
@@ -392,20 +394,119 @@ def class_accuracy(accuracies: np.ndarray, classes: Sequence[str], mean: float) 
         axis.axvline(mean, color=GREY, ls="--", lw=1.2)
         axis.annotate(
             f"overall {mean:.2f}%",
-            (mean, -0.75),
-            xytext=(5, 0),
+            (mean, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
             textcoords="offset points",
             color=GREY,
             fontsize=9,
-            va="center",
-            annotation_clip=False,
+            ha="center",
         )
         axis.set_yticks(np.arange(len(order)), [classes[i] for i in order])
         axis.tick_params(axis="y", length=0)
-        low = float(values.min()) if len(values) else 0.0
-        axis.set_xlim(0 if low < 60 else 50, 104)
+        axis.set_xlim(0, 100)
         axis.grid(axis="y", visible=False)
         axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-        axis.set_xlabel("test accuracy" + ("" if low < 60 else " (axis starts at 50%)"))
+        axis.set_xlabel("test accuracy")
         axis.set_title("Accuracy by class (orange: below the overall)")
+    return figure
+
+
+def gradient_norms(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """The size of the gradient at the input of every block, on a log axis, one panel a setting.
+
+    Args:
+        panels: by panel title, by curve name, (blocks + 1,) norms; a curve whose name holds "skip" is drawn in blue.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(3.5, 1, len(panels), squeeze=False)
+        for axis, (title, curves) in zip(axes[0], panels.items()):
+            for name, norms in curves.items():
+                color = BLUE if "skip" in name else ORANGE
+                axis.semilogy(np.arange(len(norms)), norms, color=color, marker="o", ms=3)
+                # Names where the curves are far apart, at the input, on the side that the curve leaves free.
+                offset = (16, -5) if norms[-1] > norms[0] else (10, 7)
+                axis.annotate(
+                    name, (0, norms[0]), xytext=offset, textcoords="offset points", color=color, fontweight="bold"
+                )
+            axis.set_title(title)
+            axis.set_xlabel("block (0: the network's input)")
+            axis.margins(y=0.14)
+        axes[0, 0].set_ylabel("norm of the gradient")
+    return figure
+
+
+def block_diagram(stages: Sequence[tuple[str, str, str, bool]]) -> Figure:
+    """The network as a row of boxes, skip connections as arcs.
+
+    Args:
+        stages: (name, what is inside, output shape, has a residual block), input first.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axis = _figure(2.9)
+        axis.set_axis_off()
+        axis.set_xlim(-0.55, len(stages) - 0.45)
+        axis.set_ylim(-1.25, 1.35)
+        half_width, half_height = 0.41, 0.62
+        for position, (name, inside, shape, residual) in enumerate(stages):
+            color = BLUE if residual else GREY
+            axis.add_patch(
+                FancyBboxPatch(
+                    (position - half_width, -half_height),
+                    2 * half_width,
+                    2 * half_height,
+                    boxstyle="round,pad=0,rounding_size=0.06",
+                    facecolor="#E6F1F8" if residual else "#F2F2F2",
+                    edgecolor=color,
+                    linewidth=1.3,
+                )
+            )
+            axis.text(position, 0.42, name, ha="center", va="center", fontweight="bold", fontsize=10, color=color)
+            axis.text(position, -0.12, inside, ha="center", va="center", fontsize=8, linespacing=1.35)
+            axis.text(position, -half_height - 0.2, shape, ha="center", va="center", fontsize=9, color="#333333")
+            if position:
+                axis.annotate(
+                    "",
+                    (position - half_width, 0),
+                    (position - 1 + half_width, 0),
+                    arrowprops={"arrowstyle": "->", "color": "#333333", "lw": 1.2},
+                )
+            if residual:
+                axis.annotate(
+                    "",
+                    (position + 0.3, half_height),
+                    (position - 0.3, half_height),
+                    arrowprops={
+                        "arrowstyle": "->",
+                        "color": BLUE,
+                        "lw": 1.6,
+                        "connectionstyle": "arc3,rad=-0.55",
+                    },
+                )
+                axis.text(position, half_height + 0.42, "x + R(x)", ha="center", va="center", color=BLUE, fontsize=9)
+        axis.text(
+            -0.55, -1.15, "below each box: channels × height × width of its output", fontsize=8.5, color="#555555"
+        )
+    return figure
+
+
+def activation_maps(
+    pictures: np.ndarray, maps: np.ndarray, titles: Sequence[str], colors: Sequence[str], title: str
+) -> Figure:
+    """Pictures above where the network looked.
+
+    Args:
+        pictures: (N, H, W, 3) uint8.
+        maps: (N, H, W) float in [0, 1], the evidence for the predicted class.
+        titles: N strings.
+        colors: N title colours.
+        title: over the whole.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(2.75 * 8 / len(pictures), 2, len(pictures), squeeze=False)
+        for column, (picture, evidence, word, color) in enumerate(zip(pictures, maps, titles, colors)):
+            _show_picture(axes[0, column], picture, word, color)
+            _show_picture(axes[1, column], picture)
+            axes[1, column].imshow(evidence, cmap="viridis", alpha=0.6, vmin=0, vmax=1, interpolation="nearest")
+        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure

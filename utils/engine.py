@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from utils.config import Config
-from utils.runtime import Precision
+from utils.runtime import Precision, clear_failures
 from utils.schedule import one_cycle
 
 BAR_SECONDS = 1.0  # how often the progress bar reads the metrics; each reading waits for the device
@@ -306,29 +306,32 @@ def fit(
 
     Raises:
         NonFiniteLossError: with the history up to the epoch before.
+        OutOfMemoryError, LoaderError: the epoch in progress is lost, those before it are in ``state.history``.
     """
     criterion = make_criterion(config)
-    if state.history.epochs < config.epochs:
-        print(table_header())
+    print(table_header())
+    for epoch in range(state.history.epochs):  # those of a resumed run, so that the table is whole
+        print(table_row(state.history, epoch))
     for epoch in range(state.history.epochs, config.epochs):
         began = time.perf_counter()
         train_loader.epoch = epoch
         try:
-            train, lrs = train_epoch(
-                state.model,
-                train_loader,
-                state.optimizer,
-                state.scheduler,
-                criterion,
-                precision=precision,
-                scaler=state.scaler,
-                ema=state.ema,
-                ema_every=config.ema_every,
-                description=f"epoch {epoch + 1}/{config.epochs}",
-            )
+            with clear_failures(config.batch_size):
+                train, lrs = train_epoch(
+                    state.model,
+                    train_loader,
+                    state.optimizer,
+                    state.scheduler,
+                    criterion,
+                    precision=precision,
+                    scaler=state.scaler,
+                    ema=state.ema,
+                    ema_every=config.ema_every,
+                    description=f"epoch {epoch + 1}/{config.epochs}",
+                )
+                test = evaluate(state.tested_model, test_loader, precision=precision)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"epoch {epoch + 1}: {error}", state.history) from None
-        test = evaluate(state.tested_model, test_loader, precision=precision)
         state.history.append(lrs[-1], train, test, time.perf_counter() - began)
         print(table_row(state.history, epoch), flush=True)
         if after_epoch is not None:

@@ -68,6 +68,11 @@ class LRRange:
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
     @classmethod
+    def given(cls, lr_min: float, lr_max: float) -> LRRange:
+        """A range that was chosen instead of found: no curve, no suggestions."""
+        return cls(lr_min, lr_max, np.array([]), np.array([]), np.array([]), "given", {})
+
+    @classmethod
     def from_dict(cls, values: dict) -> LRRange:
         """The inverse of ``to_dict``."""
         return cls(**{name: np.array(value) if isinstance(value, list) else value for name, value in values.items()})

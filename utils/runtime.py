@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import random
@@ -18,8 +19,9 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python's, NumPy's and torch's global generators.
 
-    On CPU the same seed and thread count then give bit-identical runs. On CUDA that also takes ``deterministic``,
-    which swaps the fastest convolution algorithms for reproducible ones.
+    On CPU the same seed and thread count then give bit-identical runs, at no cost. On CUDA that also takes
+    ``deterministic``, which swaps the fastest convolution algorithms for reproducible ones; what that costs there has
+    not been measured yet, for want of a GPU.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -49,7 +51,20 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device is {name!r}: Session 10 runs on 'cpu' and 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch sees no GPU here: use --device cpu, or install a CUDA driver")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
     return device
+
+
+def set_threads(count: int) -> None:
+    """Compute with so many CPU threads; bit-identical runs need the same number.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if count < 1:
+        raise ValueError(f"threads is {count}: it must be at least 1")
+    torch.set_num_threads(count)
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,47 @@ def device_name(device: torch.device) -> str:
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
     return f"{name} CPU, {torch.get_num_threads()} threads"
+
+
+# What torch says when it runs out of memory on a GPU, in cuDNN or cuBLAS, and on the CPU.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
+_DEAD_WORKER = "DataLoader worker (pid"
+
+
+class OutOfMemoryError(RuntimeError):
+    """A batch does not fit the device's memory; the message names a smaller one."""
+
+
+class LoaderError(RuntimeError):
+    """A loader process died; the message says how to do without."""
+
+
+@contextlib.contextmanager
+def clear_failures(batch_size: int):
+    """Within it, running out of memory and losing a loader process raise errors that name the fix.
+
+    Args:
+        batch_size: in use when it happens.
+
+    Raises:
+        OutOfMemoryError: instead of what torch raises on a CPU or a GPU.
+        LoaderError: instead of the DataLoader's RuntimeError.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY):
+            raise OutOfMemoryError(
+                f"out of memory with batch_size {batch_size}: start anew with a smaller one, such as "
+                f"{max(1, batch_size // 2)}, or close what else uses this memory and resume"
+            ) from error
+        if _DEAD_WORKER in text:
+            raise LoaderError(
+                f"a loader process died ({text.splitlines()[0].rstrip('. ')}), often for lack of memory: resume, and if it "
+                "dies again use fewer of them, or the batched pipeline, which needs none"
+            ) from error
+        raise
 
 
 def versions() -> dict[str, str]:

@@ -9,17 +9,19 @@ All images stay uint8 in memory, 184 MB; batches become floats one at a time.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
+import http.client
 import os
 import shutil
 import socket
 import tarfile
 import tempfile
 import threading
-import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,8 +206,10 @@ def _load_folder(folder: Path, source: str) -> ImageDataset:
         return _load_official(folder)
     if is_image_folder and source in ("auto", "image-folder"):
         return _load_image_folder(folder)
-    if (folder / ARCHIVE_NAME).is_file() and source in ("auto", "official"):
-        _extract(folder / ARCHIVE_NAME, folder)
+    archive = folder / ARCHIVE_NAME
+    if archive.is_file() and source in ("auto", "official"):
+        _check_md5(archive)
+        _extract(archive, folder)
         return _load_official(folder)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
     raise DatasetError(
@@ -240,6 +244,8 @@ def _load_official(folder: Path) -> ImageDataset:
 def _load_image_folder(folder: Path) -> ImageDataset:
     listings = {split: _list_images(folder / split) for split in ("train", "test")}
     long_names = sorted({name for name, _ in listings["train"]})
+    if set(long_names) == set(CIFAR10_CLASSES):
+        long_names = list(CIFAR10_CLASSES)  # by the short names the alphabet would number them otherwise than CIFAR-10
     unknown = sorted({name for name, _ in listings["test"]} - set(long_names))
     if unknown:
         raise DatasetError(
@@ -356,7 +362,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         raise DatasetError(f"{path} is not an image that Pillow can read: use PNG or JPEG, or remove it") from None
     except FileNotFoundError:
         raise DatasetError(f"no file {path}: check the path") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path} is damaged ({error}): replace it with a good copy or remove it") from error
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         side = min(image.size)
@@ -403,7 +409,7 @@ def download(folder: str | os.PathLike, urls: tuple[str, ...] = ARCHIVE_URLS, md
                 continue
             _extract(Path(part.name), folder)
             return
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:  # OSError: urllib's own errors too
             problems.append(f"{url}: {error}")
         finally:
             os.unlink(part.name)
@@ -454,13 +460,25 @@ def _fetch(url: str, file) -> str:
     return digest.hexdigest()
 
 
+def _check_md5(archive: Path) -> None:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(archive, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != ARCHIVE_MD5:
+        raise DatasetError(
+            f"{archive} is damaged or another file: its MD5 is {digest.hexdigest()}, expected {ARCHIVE_MD5}; "
+            f"delete it and fetch {ARCHIVE_NAME} again"
+        )
+
+
 def _extract(archive: Path, folder: Path) -> None:
     """Unpack next to the destination, then rename: the batches folder appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as scratch:
         try:
             with tarfile.open(archive, "r:gz") as tar:
                 tar.extractall(scratch, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise DatasetError(
                 f"{archive} is not a whole tar.gz archive ({error}): delete it and fetch {ARCHIVE_NAME} again"
             ) from error

@@ -5,7 +5,9 @@ Every number outside this module's output is generated from ``metrics.json``; a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -14,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torchsummary import summary
 
+from models import CustomResNet
 from utils import plotting, runtime
 from utils.analysis import Predictions, confident_mistakes, confusion_matrix, per_class_accuracy, predict
 from utils.checkpoint import rounded_to_half, save_weights, write_atomically
 from utils.config import Config
-from utils.dataset import CIFAR10_CLASSES, BatchedLoader, ImageDataset
+from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, BatchedLoader, ImageDataset
 from utils.engine import History, table_header, table_row
 from utils.lr_finder import LRRange
 from utils.runtime import Precision
@@ -380,9 +384,6 @@ def readme_blocks(metrics: dict) -> dict[str, str]:
     }
 
 
-_BLOCK = r"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)"
-
-
 def update_readme(path: Path, metrics: dict) -> None:
     """Rewrite the README's generated parts, each between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
 
@@ -394,10 +395,27 @@ def update_readme(path: Path, metrics: dict) -> None:
 
 def render_readme(text: str, metrics: dict) -> str:
     """``text`` with its generated parts made anew from ``metrics``."""
-    for name, block in readme_blocks(metrics).items():
-        text, found = re.subn(
-            _BLOCK.format(name=name), lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL
-        )
-        if found != 1:
-            raise ValueError(f"README.md has {found} places for the generated part {name!r}: it needs exactly one")
+    for name, block in {**readme_blocks(metrics), "summary": f"```\n{model_summary()}\n```"}.items():
+        text = replace_block(text, name, block)
     return text
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """``text`` with one generated part replaced.
+
+    Raises:
+        ValueError: the part's markers are missing or doubled.
+    """
+    pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)"
+    text, found = re.subn(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL)
+    if found != 1:
+        raise ValueError(f"README.md has {found} places for the generated part {name!r}: it needs exactly one")
+    return text
+
+
+def model_summary() -> str:
+    """torchsummary's table of the network (which gets a copy in eval mode: it runs a batch through it)."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), torch.random.fork_rng():
+        summary(CustomResNet().eval(), (3, IMAGE_SIZE, IMAGE_SIZE), device="cpu")
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())

@@ -1,0 +1,261 @@
+"""What is measured: each ``Workload`` runs in a process of its own, so that its peak memory is its own too.
+
+Images are random pixels: the time of every workload depends on their number, never on what they show.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context, set_start_method
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.reference import make_reference_model, make_reference_optimizer, train_reference_epoch
+from models import CustomResNet
+from utils.config import Config
+from utils.dataset import CIFAR10_CLASSES, ImageDataset, make_loaders
+from utils.engine import evaluate, make_criterion, start, train_epoch
+from utils.runtime import Precision, seed_everything
+
+# glibc hands large blocks back to the kernel when they are freed, and a training step asks for the same ones again.
+# With these it keeps them. They are read when a process starts, so they are set from outside.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+MIB = 1 << 20
+MANY_EPOCHS = 1000  # length of the LR cycle, more than are ever measured
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table.
+
+    Attributes:
+        part: "training" (loader and step), "step" (one ready batch again and again), "evaluation", "augmentation"
+            (the train loader alone), or "matmul" (the machine's rate for matrix products).
+        name: what the row is called.
+        images: how many a pass takes; for "matmul", how many products.
+        batch_size: images a batch; for "matmul", the side of the square matrices.
+        device: "cpu", "cuda" or "cuda:N".
+        reference: the usual way instead of ours.
+        precision: "fp32", "bf16" or "fp16"; the reference is fp32.
+        tta: evaluate the mirror images too.
+        num_workers: loader processes of the reference.
+        threads: CPU threads, None for torch's choice.
+        keep_memory: run with ``KEEP_MEMORY`` in the environment.
+    """
+
+    part: str
+    name: str
+    images: int
+    batch_size: int
+    device: str
+    reference: bool = False
+    precision: str = "fp32"
+    tta: bool = False
+    num_workers: int = 0
+    threads: int | None = None
+    keep_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One pass: wall time, CPU time of the process and its loader processes, and the peak memory so far.
+
+    Memory is the GPU's allocations on CUDA, else the resident memory of the process (loader processes not counted).
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+def make_pass(workload: Workload) -> Callable[[], object]:
+    """Set ``workload`` up; each call of what comes back is one pass over its images."""
+    if workload.part == "matmul":
+        return _make_matmul(workload)
+    device = torch.device(workload.device)
+    precision = Precision(workload.precision, device)
+    config = Config(
+        batch_size=workload.batch_size,
+        eval_batch_size=workload.batch_size,
+        epochs=MANY_EPOCHS,
+        pipeline="albumentations" if workload.reference else "batched",
+        num_workers=workload.num_workers,
+    )
+    train_loader, test_loader = make_loaders(_random_images(workload.images), config, device, precision.dtype)
+    if workload.part == "augmentation":
+        return lambda: _exhaust(train_loader)
+    if workload.part == "step":
+        images, labels = next(iter(train_loader))
+        train_loader = [(images.to(device), labels.to(device))] * len(train_loader)
+    if workload.reference:
+        model = make_reference_model().to(device)
+        optimizer = make_reference_optimizer(model)
+        return lambda: train_reference_epoch(model, train_loader, optimizer, device)
+
+    seed_everything(config.seed)  # as in a real run: it also lets cuDNN choose the fastest algorithms
+    model = CustomResNet(logit_scale=config.logit_scale)
+    state = start(model, config, 1e-5, 1e-4, len(train_loader), precision)
+    if workload.part == "evaluation":
+        return lambda: evaluate(state.tested_model, test_loader, precision=precision, tta=workload.tta)
+    return lambda: train_epoch(
+        state.model,
+        train_loader,
+        state.optimizer,
+        state.scheduler,
+        make_criterion(config),
+        precision=precision,
+        scaler=state.scaler,
+        ema=state.ema,
+        ema_every=config.ema_every,
+    )
+
+
+def _random_images(count: int) -> ImageDataset:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, len(CIFAR10_CLASSES), count)
+    return ImageDataset(images, labels, images, labels, CIFAR10_CLASSES, "random", "random pixels")
+
+
+def _exhaust(loader: Iterable) -> None:
+    for _ in loader:
+        pass
+
+
+def _make_matmul(workload: Workload) -> Callable[[], object]:
+    if torch.backends.cudnn.allow_tf32:  # cuDNN's fp32 convolutions may use TF32, so the yardstick does as well
+        torch.set_float32_matmul_precision("high")
+    side, device = workload.batch_size, torch.device(workload.device)
+    left, right = (torch.randn(side, side, device=device).to(Precision(workload.precision, device).dtype) for _ in "ab")
+    product = torch.empty_like(left)
+
+    def multiply():
+        for _ in range(workload.images):
+            torch.mm(left, right, out=product)
+
+    return multiply
+
+
+def count_flop(part: str) -> int:
+    """Floating-point operations an image takes in a pass, counted by torch on tensors without data.
+
+    Only convolutions and the linear layer count, a multiply-add as two. Training is three times the forward pass,
+    less the first layer's gradient by its input, which nobody needs.
+    """
+    with torch.device("meta"):
+        model, image = CustomResNet(), torch.empty(2, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(image)
+        if part in ("training", "step"):
+            logits.sum().backward()
+    return counter.get_total_flops() // len(image)
+
+
+# --- in a process of its own --------------------------------------------------------------------------------------------
+
+_workload: Workload
+_pass: Callable[[], object]
+
+
+class Worker:
+    """A process that sets ``workload`` up and warms it with one pass; ``measure`` runs another.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, workload: Workload):
+        # Forking a server that has imported everything saves seconds a process. The allocator's settings need a
+        # process that starts from nothing.
+        context = get_context("spawn" if workload.keep_memory else "forkserver")
+        if not workload.keep_memory:
+            context.set_forkserver_preload([__name__])
+        self.workload = workload
+        self._pool = ProcessPoolExecutor(1, mp_context=context)
+
+    def __enter__(self) -> Worker:
+        environment = {"TQDM_DISABLE": "1"} | (KEEP_MEMORY if self.workload.keep_memory else {})
+        os.environ.update(environment)
+        try:
+            self._pool.submit(_prepare, self.workload).result()
+        finally:
+            for name in environment:
+                del os.environ[name]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._pool.shutdown()
+
+    def measure(self) -> Measurement:
+        return self._pool.submit(_measure).result()
+
+    def profile(self, rows: int) -> str:
+        """A table of the operations that one pass spends most time in."""
+        return self._pool.submit(_profile, rows).result()
+
+
+def measure(workloads: list[Workload], repeats: int) -> list[list[Measurement]]:
+    """``repeats`` measurements of each workload, taken in turns."""
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(workload)) for workload in workloads]
+        rounds = [[worker.measure() for worker in workers] for _ in range(repeats)]
+    return [list(column) for column in zip(*rounds)]
+
+
+def _prepare(workload: Workload) -> None:
+    global _workload, _pass
+    if sys.platform == "linux":
+        set_start_method("fork", force=True)  # the DataLoader's processes: the quickest start, to be fair to it
+    if workload.threads:
+        torch.set_num_threads(workload.threads)
+    _workload, _pass = workload, make_pass(workload)
+    _pass()
+
+
+def _measure() -> Measurement:
+    on_cuda = torch.device(_workload.device).type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    cpu_began, began = _cpu_seconds(), time.perf_counter()
+    _pass()
+    if on_cuda:
+        torch.cuda.synchronize()
+    seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - cpu_began
+    peak = torch.cuda.max_memory_allocated() if on_cuda else _peak_resident_bytes()
+    return Measurement(seconds, cpu_seconds, peak)
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
+
+
+def _profile(rows: int) -> str:
+    on_cuda = torch.device(_workload.device).type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+    with profile(activities=activities) as profiler:
+        _pass()
+    sort_by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=sort_by, row_limit=rows, max_name_column_width=60)

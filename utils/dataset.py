@@ -130,27 +130,28 @@ class ImageDataset:
 def balanced_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """``count`` sorted indices, drawn so that the classes' shares differ by at most one image.
 
+    Where a class has fewer images than its share (own images need not be balanced), all of them are taken and the
+    others make up for it, evenly again.
+
     Args:
         labels: (N,) int.
-        count: how many, at most what the smallest class allows.
+        count: how many, at most N.
         seed: the same seed draws the same indices.
 
     Raises:
-        DatasetError: a class has too few images.
+        DatasetError: ``count`` is above N.
     """
+    if count > len(labels):
+        raise DatasetError(f"a subset of {count} images of {len(labels)}: ask for at most {len(labels)}")
+    names, sizes = np.unique(labels, return_counts=True)
+    shares = np.zeros_like(sizes)
+    while missing := count - shares.sum():
+        unfinished = np.flatnonzero(shares < sizes)
+        even, rest = divmod(missing, len(unfinished))
+        wanted = shares[unfinished] + even + (np.arange(len(unfinished)) < rest)
+        shares[unfinished] = np.minimum(wanted, sizes[unfinished])
     rng = np.random.default_rng(seed)
-    names = np.unique(labels)
-    shares = np.full(len(names), count // len(names))
-    shares[: count % len(names)] += 1
-    chosen = []
-    for name, share in zip(names, shares):
-        members = np.flatnonzero(labels == name)
-        if share > len(members):
-            raise DatasetError(
-                f"a balanced subset of {count} images takes {share} of class {name}, which has {len(members)}: "
-                f"ask for at most {len(members) * len(names)}"
-            )
-        chosen.append(rng.choice(members, share, replace=False))
+    chosen = [rng.choice(np.flatnonzero(labels == name), share, replace=False) for name, share in zip(names, shares)]
     return np.sort(np.concatenate(chosen))
 
 

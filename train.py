@@ -60,7 +60,7 @@ class ResultsError(RuntimeError):
     """The run is trained and tested, but its results could not be written."""
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train Session 10's ResNet on CIFAR-10 with Adam and one cycle.",
@@ -117,7 +117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto, the fastest that is sound here"
     )
     machine.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def make_config(args: argparse.Namespace) -> configs.Config:
@@ -234,7 +234,7 @@ def finish(
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
-    args = parse_args(argv)
+    args = make_parser().parse_args(argv)
     with warnings.catch_warnings(), sigterm_like_ctrl_c():
         warnings.showwarning = lambda message, *_: print(f"train.py: warning: {message}", file=sys.stderr)
         try:

@@ -61,7 +61,7 @@ class RunProcess:
         log: str | os.PathLike = os.devnull,
     ):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([train.__name__])
         self._process = context.Process(target=_train, args=(argv, dataset, prepare, log))
         self._process.start()
 

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import time
@@ -125,14 +126,14 @@ class RunFolder:
         """
         content = encode(state, config, data_fingerprint)
         if not self.path.exists():
+            self._lock.release(force=True)  # the old lock went with the old folder
+            self._acquire()
+            self._newest_is_whole = True
             warnings.warn(
                 f"{self.path} was deleted while the run was going: it is made anew, with the checkpoint after epoch "
                 f"{state.history.epochs}",
                 stacklevel=2,
             )
-            self._lock.release(force=True)  # the old lock went with the old folder
-            self._acquire()
-            self._newest_is_whole = True
         if self._record_bytes is not None and not self.record.exists():
             self._write(self.record, self._record_bytes)
         self._write(self.checkpoint, content, keep=self.previous if self._newest_is_whole else None)
@@ -219,7 +220,9 @@ class RunFolder:
         try:
             write_atomically(path, content, keep)
         except OSError as error:
-            fix = f"free {len(content) / 1e6:.0f} MB there" if error.errno in OUT_OF_SPACE else "make it writable"
+            fix = (
+                f"free {math.ceil(len(content) / 1e6)} MB there" if error.errno in OUT_OF_SPACE else "make it writable"
+            )
             kept = (
                 f"the checkpoint of epoch {self.saved_epochs} is still there"
                 if self.saved_epochs
@@ -478,7 +481,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict[str, 
     Args:
         model: its ``state_dict`` is written.
         path: ends in ``.safetensors``.
-        metadata: strings to keep in the file's header, such as the class names.
+        metadata: strings to keep in the file's header, such as the class names; as JSON, under the key "session10".
 
     Raises:
         ValueError: a weight is too large for float16.
@@ -487,7 +490,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict[str, 
     for name, value in half.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{name} does not fit float16 (largest finite value 65504): has the run diverged?")
-    write_atomically(Path(path), save(half, metadata={**(metadata or {}), "sha256": _weights_digest(half)}))
+    # One key only: safetensors writes several in an order that changes from call to call, and the bytes with it.
+    header = json.dumps({**(metadata or {}), "sha256": _weights_digest(half)}, sort_keys=True)
+    write_atomically(Path(path), save(half, metadata={"session10": header}))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -499,15 +504,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            digest = (file.metadata() or {}).get("sha256")  # files written elsewhere may have none
+            header = json.loads((file.metadata() or {}).get("session10", "{}"))  # files written elsewhere have none
     except FileNotFoundError:
         raise CheckpointError(f"no weights at {path}: train first, or check the path") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}): get a fresh copy. Pickled weights (.pt, .pth) are "
             "refused, since they can run code"
         ) from error
-    if digest not in (None, _weights_digest(weights)):
+    if header.get("sha256") not in (None, _weights_digest(weights)):
         raise CheckpointError(f"{path} is damaged: its weights do not match their checksum; get a fresh copy")
     differing = model_differences(weights, model)
     if differing:

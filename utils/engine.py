@@ -154,30 +154,30 @@ def train_epoch(
     lrs = []
     bar_read = time.monotonic()
 
-    bar = tqdm(loader, desc=description, leave=False, unit="batch")
-    for step, (images, labels) in enumerate(bar):
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
+    with tqdm(loader, desc=description, leave=False, unit="batch") as bar:  # an error must not leave half a bar
+        for step, (images, labels) in enumerate(bar):
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            labels = labels.to(device, non_blocking=True)
 
-        with precision.autocast():
-            logits = model(images)
-        loss = criterion(logits.float(), labels)
+            with precision.autocast():
+                logits = model(images)
+            loss = criterion(logits.float(), labels)
 
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        lrs.append(float(optimizer.param_groups[0]["lr"]))
-        scheduler.step()
-        if ema is not None and (step + 1) % ema_every == 0:
-            ema.update_parameters(model)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            lrs.append(float(optimizer.param_groups[0]["lr"]))
+            scheduler.step()
+            if ema is not None and (step + 1) % ema_every == 0:
+                ema.update_parameters(model)
 
-        running.update(logits, labels)
-        if time.monotonic() - bar_read > BAR_SECONDS:
-            _check_finite(running, lrs)
-            metrics = running.read()
-            bar.set_postfix(loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2f}%", lr=f"{lrs[-1]:.5f}")
-            bar_read = time.monotonic()
+            running.update(logits, labels)
+            if time.monotonic() - bar_read > BAR_SECONDS:
+                _check_finite(running, lrs)
+                metrics = running.read()
+                bar.set_postfix(loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2f}%", lr=f"{lrs[-1]:.5f}")
+                bar_read = time.monotonic()
     _check_finite(running, lrs)
     return running.read(), lrs
 

@@ -35,7 +35,7 @@ RULES = {
     "tenth-minimum": ("minimum/10", "minimum"),
 }
 SMOOTHING_WINDOW = 7  # sweep steps averaged around each point before any rule looks at the curve
-DIVERGED = 3.0  # the sweep stops once the loss is this many times its best
+DIVERGED = 3.0  # the sweep stops once the loss is this many times what it began with
 
 
 class LRRangeError(RuntimeError):
@@ -135,9 +135,10 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "steepest-minimu
         )
     smoothed = smooth(losses)
     lowest = int(np.argmin(smoothed))
-    start_loss = float(np.median(losses[: max(3, len(losses) // 10)]))
+    beginning = max(3, len(losses) // 10)
+    start_loss = float(np.median(losses[:beginning]))
     fallen = start_loss - smoothed[lowest]
-    if fallen < 0.05 * abs(start_loss):
+    if lowest < beginning or fallen < 0.05 * abs(start_loss):
         raise LRRangeError(
             f"the loss never fell: {start_loss:.3f} at LR {lrs[0]:.1e}, at best {smoothed[lowest]:.3f}. If it rose at "
             "once, lower range_test_start; if it stayed flat, raise range_test_end or range_test_steps"
@@ -219,7 +220,9 @@ class _Sweep(LRFinder):
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return value
+        # The library stops at a multiple of the best loss it is told of. A small set is soon learned so well that single
+        # batches exceed any multiple of that; so the best one told is the first.
+        return max(value, self.losses[0])
 
 
 def _sweep(model, loader, optimizer, criterion, precision, start, end, steps) -> tuple[np.ndarray, np.ndarray]:
@@ -228,14 +231,16 @@ def _sweep(model, loader, optimizer, criterion, precision, start, end, steps) ->
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # left by a scheduler on the original; the library would refuse it
     epoch = getattr(loader, "epoch", None)
-    with _restored_rng():
-        finder = _Sweep(model, optimizer, criterion, precision=precision)
-        with contextlib.redirect_stdout(io.StringIO()):  # it advertises its own plot; ours follows
-            finder.range_test(
-                _BatchIterator(loader), start_lr=start, end_lr=end, num_iter=steps, smooth_f=0, diverge_th=DIVERGED
-            )
-    if epoch is not None:
-        loader.epoch = epoch
+    try:
+        with _restored_rng():
+            finder = _Sweep(model, optimizer, criterion, precision=precision)
+            with contextlib.redirect_stdout(io.StringIO()):  # it advertises its own plot; ours follows
+                finder.range_test(
+                    _BatchIterator(loader), start_lr=start, end_lr=end, num_iter=steps, smooth_f=0, diverge_th=DIVERGED
+                )
+    finally:
+        if epoch is not None:
+            loader.epoch = epoch
     return np.array(finder.lrs), np.array(finder.losses)
 
 

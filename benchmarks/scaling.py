@@ -76,12 +76,16 @@ def plot_scaling(result: dict, path: Path) -> None:
         x = [point[key] for point in points]
         above.plot(x, [point["seconds"] for point in points], "o", label="measured")
         above.plot([0, x[-1]], [0, points[-1]["seconds"]], "--", color="gray", label="linear through the largest")
-        above.set(title=title, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+        above.set(title=title, ylabel="seconds", xlim=(0, None), ylim=(0, None))
         below.plot(x, [point["peak_memory_mib"] for point in points], "o-", label="peak memory")
         if key == "images":
             data = [points[0]["peak_memory_mib"] + point["images_mib"] - points[0]["images_mib"] for point in points]
             below.plot(x, data, "--", color="gray", label="growth of the images alone")
-        below.set(xlabel=key.replace("_", " "), ylabel="MiB", ylim=(0, None))
+        below.set(
+            xlabel=key.replace("_", " "),
+            ylabel="MiB",
+            ylim=(0, 1.2 * max(point["peak_memory_mib"] for point in points)),
+        )
         above.legend()
         below.legend()
     figure.savefig(path, dpi=120)

@@ -82,7 +82,6 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
         precision: what "auto" comes to here.
     """
     on_cuda = device.type == "cuda"
-    scale = 0.01 if args.quick else 5 if on_cuda else 1
     make = partial(Workload, device=str(device), threads=args.threads)
 
     ours = [dict(name="ours, fp32")]
@@ -94,11 +93,10 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
         kept = [dict(ours[-1], name=f"{ours[-1]['name']}, allocator keeps memory", keep_memory=True)]
 
     train = partial(make, images=args.images, batch_size=args.batch_size)
-    test_images = int(2000 * scale)
+    test_images = 20 if args.quick else 10_000 if on_cuda else 1000
     test = partial(make, "evaluation", images=test_images, batch_size=min(Config().eval_batch_size, test_images))
-    augment = partial(
-        make, "augmentation", images=max(int(10_000 * scale), args.batch_size), batch_size=args.batch_size
-    )
+    loaded_images = max(args.batch_size, 100 if args.quick else 50_000 if on_cuda else 10_000)
+    augment = partial(make, "augmentation", images=loaded_images, batch_size=args.batch_size)
     multiply = partial(
         make, "matmul", images=50 if on_cuda else 1, batch_size=256 if args.quick else 8192 if on_cuda else 4096
     )

@@ -98,7 +98,7 @@ def make_pass(workload: Workload) -> Callable[[], object]:
         pipeline="albumentations" if workload.reference else "batched",
         num_workers=workload.num_workers,
     )
-    train_loader, test_loader = make_loaders(_random_images(workload.images), config, device, precision.dtype)
+    train_loader, test_loader = make_loaders(_random_images(workload), config, device, precision.dtype)
     if workload.part == "augmentation":
         return lambda: _exhaust(train_loader)
     if workload.part == "step":
@@ -127,11 +127,12 @@ def make_pass(workload: Workload) -> Callable[[], object]:
     )
 
 
-def _random_images(count: int) -> ImageDataset:
+def _random_images(workload: Workload) -> ImageDataset:
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(0, len(CIFAR10_CLASSES), count)
-    return ImageDataset(images, labels, images, labels, CIFAR10_CLASSES, "random", "random pixels")
+    images = rng.integers(0, 256, (workload.images, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, len(CIFAR10_CLASSES), workload.images)
+    tested = slice(None if workload.part == "evaluation" else 1)  # a second copy would count as memory in use
+    return ImageDataset(images, labels, images[tested], labels[tested], CIFAR10_CLASSES, "random", "random pixels")
 
 
 def _exhaust(loader: Iterable) -> None:

@@ -18,10 +18,10 @@ from 0 are for tuning, seeds from 100 for results. ``all`` leaves the recipe as 
 - ``runs.jsonl``: one JSON object a line, one line a finished run: ``key`` (of variant, settings, seed and data), ``split``
   ("validation" or "test"), ``variant``, ``shows``, ``seed``, ``config``, ``recipe`` (digest of the settings that the variant
   departs from), ``status`` ("done", or "failed" with the ``error``: the run diverged or its range test had no answer),
-  ``accuracy``, ``accuracy_tta`` and ``train_accuracy`` in percent, ``loss``, ``per_class_accuracy``, ``lr_min`` and ``lr_max`` of
-  the cycle, ``lr_range`` as found, ``weight_decay``, ``seconds`` (training), ``range_test_seconds``, ``total_seconds``,
-  ``device``, ``precision``, ``versions``, ``commit``, ``data``, ``train_images``, ``eval_images``. Accuracies are after the
-  last epoch, of the weights as they would be shipped (see ``utils.report.final_test``).
+  ``accuracy``, ``accuracy_tta`` and ``train_accuracy`` in percent, ``loss``, ``per_class_accuracy``, ``lr_range`` as found,
+  ``lr_first``, ``lr_peak`` and ``lr_last`` as used, ``weight_decay``, ``seconds`` (training), ``range_test_seconds``,
+  ``total_seconds``, ``device``, ``precision``, ``versions``, ``commit``, ``data``, ``train_images``, ``eval_images``. Accuracies are
+  after the last epoch, of the weights as they would be shipped (see ``utils.report.final_test``).
 - ``table.json``, ``table.md``, ``tune.png``, ``ablations.png``: means, standard deviations and differences to the recipe.
 - ``KEY.safetensors``: the weights of the recipe's first seed, which ``--publish`` shows. The first, never the best.
 

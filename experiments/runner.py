@@ -43,7 +43,7 @@ class Scale:
 
 FULL = Scale(full(), holdout=5000)
 SMALL = Scale(
-    quick(train_images=96, test_images=40, batch_size=16, epochs=3, peak_epoch=1, range_test_steps=25), holdout=40
+    quick(train_images=96, test_images=40, batch_size=16, epochs=3, peak_epoch=1, range_test_start=1e-5), holdout=40
 )
 
 
@@ -278,8 +278,9 @@ class Runner:
             "loss": plain.loss,
             "train_accuracy": train_accuracy,
             "per_class_accuracy": dict(zip(split.dataset.classes, per_class_accuracy(plain).tolist())),
-            "lr_min": lr_min,
-            "lr_max": lr_max,
+            "lr_first": float(group["initial_lr"]),
+            "lr_peak": float(group["max_lr"]),
+            "lr_last": float(group["min_lr"]),
             "weight_decay": float(group["weight_decay"]),
             "seconds": seconds,
         }
@@ -327,7 +328,7 @@ def describe(record: dict) -> str:
         return f"{name}: failed, {record['error']}"
     return (
         f"{name}: {record['accuracy']:.2f}% {record['split']} accuracy, {record['accuracy_tta']:.2f}% with flip TTA, "
-        f"LR {record['lr_min']:.1e} to {record['lr_max']:.1e}, {duration(record['total_seconds'])}"
+        f"LR {record['lr_first']:.1e}, {record['lr_peak']:.1e}, {record['lr_last']:.1e}, {duration(record['total_seconds'])}"
     )
 
 

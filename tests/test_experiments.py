@@ -27,7 +27,7 @@ from experiments.variants import (
 )
 from models import CustomLayer, CustomResNet
 from utils.config import quick
-from utils.dataset import BatchedLoader, ImageDataset
+from utils.dataset import BatchedLoader, ImageDataset, make_loaders
 from utils.engine import start
 from utils.runtime import Precision
 from utils.transforms import BatchAugment, denormalize
@@ -166,9 +166,10 @@ def test_the_range_test_finds_the_lrs_and_the_rule_scales_them(make_runner):
     runner.execute([Run("validation", scaled, 0)], Budget())
     (record,) = runner.log.records
     assert record["status"] == "done"
-    assert record["lr_min"] == pytest.approx(0.1 * record["lr_range"]["lr_min"])
-    assert record["lr_max"] == pytest.approx(2.0 * record["lr_range"]["lr_max"])
-    assert record["weight_decay"] == pytest.approx(recipe.decay_at_peak / record["lr_max"])
+    assert record["lr_first"] == pytest.approx(0.1 * record["lr_range"]["lr_min"])
+    assert record["lr_last"] == pytest.approx(record["lr_first"])
+    assert record["lr_peak"] == pytest.approx(2.0 * record["lr_range"]["lr_max"])
+    assert record["weight_decay"] == pytest.approx(recipe.decay_at_peak / record["lr_peak"])
 
 
 def test_a_diverged_run_is_a_result_and_does_not_stop_the_others(make_runner, tmp_path):
@@ -208,6 +209,20 @@ def test_other_settings_or_images_are_other_runs(make_runner, toy):
     assert len(keys) == 4
 
 
+def test_images_already_on_the_device_give_the_batches_of_a_new_loader(make_runner):
+    config = dataclasses.replace(
+        SCALE.recipe, seed=9, batch_size=8, pad=2, pad_mode="constant", flip=False, cutout=4, train_images=None
+    )
+    split = make_runner().validation
+    expected, _ = make_loaders(split.dataset, config, CPU)
+    ours = split.new_train_loader(config)
+    assert len(ours) == len(expected) == 5
+    for _ in range(2):
+        for (images, labels), (expected_images, expected_labels) in zip(ours, expected):
+            assert torch.equal(labels, expected_labels)
+            assert torch.equal(images, expected_images)
+
+
 def test_a_damaged_log_is_named_not_overwritten(tmp_path):
     (tmp_path / "runs.jsonl").write_text('{"key": "a"}\n{"key": "b\n')
     with pytest.raises(LogError, match=r"runs\.jsonl, line 2 is damaged"):
@@ -224,7 +239,8 @@ def test_ablations_take_the_constant_lr_that_was_best_on_validation(make_runner,
     def pretend(self, run):
         value = accuracy.get(run.variant.name, 10.0)
         record = {"key": self.key(run), "split": run.split, "variant": run.variant.name, "seed": run.seed}
-        return {**record, "status": "done", "accuracy": value, "accuracy_tta": value, "lr_min": 1e-4, "lr_max": 1e-2}
+        lrs = {"lr_first": 1e-4, "lr_peak": 1e-2, "lr_last": 1e-4}
+        return {**record, **lrs, "status": "done", "accuracy": value, "accuracy_tta": value}
 
     monkeypatch.setattr(Runner, "train", pretend)
     runner = make_runner()

@@ -92,7 +92,8 @@ class RunningMetrics:
     def __init__(self, device: torch.device):
         self.loss_sum = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.all_finite = torch.ones((), dtype=torch.bool, device=device)
+        self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)  # those before the first bad one
         self.count = 0
         self.steps = 0
 
@@ -102,7 +103,8 @@ class RunningMetrics:
         loss = F.cross_entropy(logits, labels, reduction="sum")
         self.loss_sum += loss
         self.correct += (logits.argmax(1) == labels).sum()
-        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.steps, self.bad_step)
+        self.all_finite &= torch.isfinite(loss)
+        self.finite_steps += self.all_finite
         self.count += len(labels)
         self.steps += 1
 
@@ -112,8 +114,8 @@ class RunningMetrics:
 
     def first_bad_step(self) -> int | None:
         """The first step, from 0, whose loss was not finite."""
-        step = int(self.bad_step.item())
-        return step if step >= 0 else None
+        step = int(self.finite_steps.item())
+        return step if step < self.steps else None
 
 
 def train_epoch(

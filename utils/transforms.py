@@ -9,6 +9,7 @@ The channel statistics live here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -99,10 +100,15 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         (N, 3, H, W) on the same device. The memory stays in NHWC order, which is what torch calls channels_last and
         what convolutions on tensor cores (and oneDNN) like best: no transposing copy is made.
     """
-    mean = torch.tensor(MEAN, device=images.device)
-    std = torch.tensor(STD, device=images.device)
+    mean, std = _constant(MEAN, torch.float32, images.device), _constant(STD, torch.float32, images.device)
     scaled = images.float().mul_(1 / (255 * std)).sub_(mean / std)
     return scaled.to(dtype).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once a device: every copy from the host makes it wait for the work that the device has queued."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def denormalize(images: Tensor) -> np.ndarray:
@@ -195,7 +201,7 @@ class BatchAugment:
         pixel = (index[:, None, None] * self.size + source_rows[:, :, None]) * self.size + source_columns[:, None, :]
         batch = images.view(-1, 3).index_select(0, pixel.flatten()).view(*pixel.shape, 3)
 
-        fill = torch.tensor(MEAN_PIXEL, dtype=torch.uint8, device=images.device)
+        fill = _constant(MEAN_PIXEL, torch.uint8, images.device)
         if self.pad_mode == "constant" and self.pad:
             outside_rows, outside_columns = rows != source_rows, columns != source_columns
             outside = outside_rows[:, :, None] | outside_columns[:, None, :]

@@ -1,0 +1,246 @@
+"""Both loaders: one protocol, every image once an epoch, and randomness that repeats exactly when it should."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.config import Config, quick
+from utils.dataset import AlbumentationsLoader, BatchedLoader, ImageDataset, make_loaders
+from utils.transforms import BatchAugment, denormalize, normalize, test_transform, train_transform
+
+PIPELINES = ("batched", "albumentations")
+CPU = torch.device("cpu")
+
+
+def make_loader(pipeline, images, labels, batch_size, *, augment=True, shuffle=True, seed=0, **options):
+    """A train loader of either pipeline, with the same settings."""
+    if pipeline == "batched":
+        return BatchedLoader(
+            images,
+            labels,
+            batch_size,
+            augment=BatchAugment() if augment else None,
+            shuffle=shuffle,
+            seed=seed,
+            **options,
+        )
+    transform = train_transform() if augment else test_transform()
+    return AlbumentationsLoader(images, labels, batch_size, transform, shuffle=shuffle, seed=seed, **options)
+
+
+def epoch_of(loader):
+    """All images and labels of one pass."""
+    images, labels = zip(*loader)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """50 images of noise, each labelled with its own number: no augmentation makes two of them alike."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8), np.arange(50)
+
+
+@pytest.fixture(scope="module")
+def copies():
+    """48 copies of one image of noise: any difference between two batches is the augmentation's."""
+    image = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    return image.repeat(48, axis=0), np.zeros(48, dtype=np.int64)
+
+
+# --- one protocol ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize(
+    ("batch_size", "drop_last", "sizes"),
+    [
+        (16, False, [16, 16, 16, 2]),
+        (16, True, [16, 16, 16]),
+        (25, False, [25, 25]),
+        (50, True, [50]),
+        (1, False, [1] * 50),
+    ],
+)
+def test_batches_come_in_the_sizes_that_len_promises(noise, pipeline, batch_size, drop_last, sizes):
+    loader = make_loader(pipeline, *noise, batch_size, drop_last=drop_last)
+    batches = list(loader)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert [len(images) for images, _ in batches] == sizes
+    assert len(loader) == len(sizes)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_batch_is_normalized_float_images_and_int64_labels(noise, pipeline):
+    images, labels = next(iter(make_loader(pipeline, *noise, 8)))
+    assert images.shape == (8, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert labels.shape == (8,)
+    assert labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_without_augmentation_and_shuffling_the_set_comes_back_in_order(noise, pipeline):
+    images, labels = epoch_of(make_loader(pipeline, *noise, 16, augment=False, shuffle=False))
+    np.testing.assert_array_equal(labels, noise[1])
+    np.testing.assert_array_equal(denormalize(images), noise[0])
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(noise, pipeline):
+    loader = make_loader(pipeline, *noise, 16, augment=False)
+    orders = []
+    for _ in range(3):
+        images, labels = epoch_of(loader)
+        assert sorted(labels.tolist()) == list(range(50))
+        np.testing.assert_array_equal(denormalize(images), noise[0][labels])  # each image with its own label
+        orders.append(labels.tolist())
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert sorted(orders[0]) != orders[0]
+
+
+@given(count=st.integers(1, 60), batch_size=st.integers(1, 60), drop_last=st.booleans(), seed=st.integers(0, 2**40))
+@settings(max_examples=40)
+def test_any_batch_size_up_to_the_set_covers_it(count, batch_size, drop_last, seed):
+    images, labels = np.zeros((count, 32, 32, 3), np.uint8), np.arange(count)
+    if batch_size > count:
+        with pytest.raises(ValueError, match="lower it to"):
+            BatchedLoader(images, labels, batch_size)
+        return
+    loader = BatchedLoader(images, labels, batch_size, shuffle=True, drop_last=drop_last, seed=seed)
+    batches = [labels for _, labels in loader]
+    assert len(batches) == len(loader)
+    seen = torch.cat(batches).tolist()
+    assert len(set(seen)) == len(seen) == (count - count % batch_size if drop_last else count)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_batch_sizes_that_cannot_work_are_refused(noise, pipeline):
+    with pytest.raises(ValueError, match="batch_size is 0: it must be at least 1"):
+        make_loader(pipeline, *noise, 0)
+    with pytest.raises(ValueError, match="batch_size is 51, but there are only 50 images: lower it to 50 or less"):
+        make_loader(pipeline, *noise, 51)
+
+
+# --- randomness -----------------------------------------------------------------------------------------------------
+
+# Worker processes take seconds to start on some systems, so they appear once, where they matter.
+WORKERS = [("batched", {}), ("albumentations", {}), ("albumentations", {"num_workers": 2})]
+
+
+@pytest.mark.parametrize(("pipeline", "options"), WORKERS)
+def test_epochs_differ_reruns_agree_and_an_epoch_can_be_set(copies, pipeline, options):
+    first, second = (
+        images for images, _ in (epoch_of(loader) for loader in [make_loader(pipeline, *copies, 16, **options)] * 2)
+    )
+    assert not torch.equal(first, second)
+
+    rerun = make_loader(pipeline, *copies, 16, **options)
+    torch.manual_seed(99)  # global generators have no say
+    np.random.seed(99)
+    assert torch.equal(epoch_of(rerun)[0], first)
+    assert rerun.epoch == 1
+
+    resumed = make_loader(pipeline, *copies, 16, **options)
+    resumed.epoch = 1
+    assert torch.equal(epoch_of(resumed)[0], second)
+
+
+@pytest.mark.parametrize(("pipeline", "options"), WORKERS)
+def test_the_images_of_an_epoch_get_different_augmentations(copies, pipeline, options):
+    # With two workers, batch 0 and batch 1 come from different processes: copies of one generator would draw alike.
+    images, _ = epoch_of(make_loader(pipeline, *copies, 8, **options))
+    # Chance may repeat one of the 9 * 9 * 2 * 25 * 25 draws; a copied generator would repeat 24 of the 48.
+    assert len({image.numpy().tobytes() for image in images}) >= 46
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_seeds_differ_in_order_and_in_augmentation(noise, copies, pipeline):
+    orders = [epoch_of(make_loader(pipeline, *noise, 16, seed=seed))[1] for seed in (0, 1)]
+    assert not torch.equal(*orders)
+    pictures = [epoch_of(make_loader(pipeline, *copies, 16, seed=seed))[0] for seed in (0, 1)]
+    assert not torch.equal(*pictures)
+
+
+def test_epoch_one_of_a_seed_is_not_epoch_zero_of_the_next(noise):
+    later = make_loader("batched", *noise, 16, seed=0)
+    later.epoch = 1
+    assert not torch.equal(epoch_of(later)[1], epoch_of(make_loader("batched", *noise, 16, seed=1))[1])
+
+
+def test_a_pass_that_is_given_up_does_not_change_the_next(noise):
+    loader, whole = (make_loader("batched", *noise, 16) for _ in range(2))
+    next(iter(loader))
+    epoch_of(whole)
+    assert torch.equal(epoch_of(loader)[0], epoch_of(whole)[0])
+
+
+# --- the resident set -----------------------------------------------------------------------------------------------
+
+
+def test_the_resident_set_is_the_uint8_array_itself(noise):
+    loader = make_loader("batched", *noise, 16)
+    assert loader.images.dtype == torch.uint8
+    assert loader.images.data_ptr() == noise[0].ctypes.data  # on the CPU not even a copy
+    tensors = [value for value in vars(loader).values() if isinstance(value, torch.Tensor)]
+    assert not any(tensor.is_floating_point() for tensor in tensors)
+    before = noise[0].copy()
+    epoch_of(loader)
+    np.testing.assert_array_equal(noise[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_are_channels_last_in_the_dtype_asked_for(noise, dtype):
+    images, _ = next(iter(make_loader("batched", *noise, 16, dtype=dtype)))
+    assert images.dtype == dtype
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- the loaders of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_train_is_shuffled_and_augmented_and_test_is_neither(toy, pipeline):
+    config = quick(train_images=None, batch_size=16, pipeline=pipeline, num_workers=0)
+    train, test = make_loaders(toy, config, CPU)
+    assert len(train) == 4
+    train_images, train_labels = epoch_of(train)
+    train_labels = train_labels.numpy()
+    assert not np.array_equal(train_labels, toy.train_labels)
+    np.testing.assert_array_equal(np.sort(train_labels), np.sort(toy.train_labels))
+    assert not np.array_equal(denormalize(train_images), toy.train_images[np.argsort(train_labels, kind="stable")])
+
+    assert len(test) == 1  # eval_batch_size is larger than the test set
+    for _ in range(2):
+        images, labels = epoch_of(test)
+        np.testing.assert_array_equal(labels, toy.test_labels)
+        np.testing.assert_array_equal(denormalize(images), toy.test_images)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_augmentation_is_the_one_the_config_states(noise, pipeline):
+    images, labels = noise
+    dataset = ImageDataset(images, labels, images, labels, ("a", "b"), "image-folder", "noise")
+    settings = dict(batch_size=16, pipeline=pipeline, num_workers=0)
+    plain, _ = make_loaders(dataset, Config(pad=0, flip=False, cutout=0, **settings), CPU)
+    pictures, order = epoch_of(plain)
+    np.testing.assert_array_equal(denormalize(pictures), images[order])
+    flipped, _ = make_loaders(dataset, Config(pad=0, flip=True, cutout=0, **settings), CPU)
+    pictures, order = epoch_of(flipped)
+    same = (denormalize(pictures) == images[order]).all(axis=(1, 2, 3))
+    mirrored = (denormalize(pictures) == images[order][:, :, ::-1]).all(axis=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 0 < same.sum() < 50
+
+
+def test_a_batch_larger_than_the_set_is_refused_for_the_run(toy):
+    with pytest.raises(ValueError, match="batch_size is 512, but there are only 60 images: lower it to 60 or less"):
+        make_loaders(toy, Config(), CPU)
+
+
+def test_both_pipelines_normalize_alike(noise):
+    ours, theirs = (epoch_of(make_loader(name, *noise, 16, augment=False, shuffle=False))[0] for name in PIPELINES)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, normalize(torch.from_numpy(noise[0])))

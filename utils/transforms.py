@@ -207,10 +207,10 @@ class BatchAugment:
             outside = outside_rows[:, :, None] | outside_columns[:, None, :]
             batch = torch.where(outside[..., None], fill, batch)
         if self.cutout:
-            in_rows = (position >= draws.hole_y[:, None]) & (position < draws.hole_y[:, None] + self.cutout)
-            in_columns = (position >= draws.hole_x[:, None]) & (position < draws.hole_x[:, None] + self.cutout)
-            hole = in_rows[:, :, None] & in_columns[:, None, :]
-            batch = torch.where(hole[..., None], fill, batch)
+            image = torch.arange(len(index), device=images.device)[:, None, None]
+            side = torch.arange(self.cutout, device=images.device)
+            hole_rows, hole_columns = draws.hole_y[:, None] + side, draws.hole_x[:, None] + side
+            batch[image, hole_rows[:, :, None], hole_columns[:, None, :]] = fill
         return batch
 
     def _reflect(self, positions: Tensor) -> Tensor:

@@ -43,7 +43,16 @@ class Scale:
 
 FULL = Scale(full(), holdout=5000)
 SMALL = Scale(
-    quick(train_images=96, test_images=40, batch_size=16, epochs=3, peak_epoch=1, range_test_start=1e-5), holdout=40
+    quick(
+        train_images=96,
+        test_images=40,
+        batch_size=16,
+        epochs=3,
+        peak_epoch=1,
+        range_test_start=1e-5,
+        range_test_steps=40,
+    ),
+    holdout=40,
 )
 
 

@@ -24,8 +24,8 @@ from utils import config as configs
 from utils import runtime
 from utils.checkpoint import CheckpointError, RunFolder, RunLockedError, run_folder_from_environment
 from utils.dataset import DatasetError, ImageDataset, load_dataset, make_loaders
-from utils.engine import NonFiniteLossError, TrainState, fit, make_criterion, make_optimizer, start
-from utils.lr_finder import LRRange, LRRangeError, find_lr
+from utils.engine import NonFiniteLossError, TrainState, find_range, fit, start
+from utils.lr_finder import LRRange, LRRangeError
 from utils.report import (
     build_metrics,
     close_history,
@@ -182,23 +182,6 @@ def run(
         ) from error
 
 
-def find_range(model: torch.nn.Module, train_loader, config: configs.Config, precision: Precision) -> LRRange:
-    """The range that ``config`` gives, else the one that the range test finds."""
-    if config.lr_min is not None:
-        return LRRange.given(config.lr_min, config.lr_max)
-    return find_lr(
-        model,
-        train_loader,
-        make_optimizer(model, config),
-        make_criterion(config),
-        precision=precision,
-        start=config.range_test_start,
-        end=config.range_test_end,
-        steps=config.range_test_steps,
-        rule=config.lr_rule,
-    )
-
-
 def report_move(record: dict, precision: Precision) -> None:
     """Say so when the run began elsewhere: it goes on correctly, but no longer bit for bit."""
     here = (runtime.device_name(precision.device), precision.name, f"torch {runtime.versions()['torch']}")
@@ -252,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
             args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"
         )
         try:
-            with folder, runtime.clear_failures(config.batch_size):
+            with runtime.clear_failures(config.batch_size), folder:
                 run(args, config, device, precision, folder)
         except KeyboardInterrupt as interrupt:
             number = interrupt.args[0] if interrupt.args else signal.SIGINT

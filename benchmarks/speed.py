@@ -25,6 +25,7 @@ import torch
 from benchmarks.scaling import measure_scaling, plot_scaling
 from benchmarks.workloads import KEEP_MEMORY, MIB, Measurement, Worker, Workload, count_flop, measure
 from utils.config import Config
+from utils.report import replace_block
 from utils.runtime import PROJECT_ROOT, code_commit, device_name, pick_device, pick_precision, versions
 
 EPOCH_IMAGES = 50_000  # CIFAR-10's train images: what "an epoch" is extrapolated to
@@ -56,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=Config().num_workers, help="processes of the DataLoader")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: the numbers mean nothing")
+    parser.add_argument("--publish", action="store_true", help="put the table into the README")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/speed-<device>.json)")
     args = parser.parse_args(argv)
     on_cuda = pick_device(args.device).type == "cuda"
@@ -214,6 +216,36 @@ def format_table(result: dict) -> str:
     return "\n".join([*lines, NOTE])
 
 
+def markdown_table(stored: dict) -> str:
+    """The README's table, from the content of a JSON file."""
+    machine, rows = stored["machine"], stored["rows"]
+    matmul = ", ".join(
+        f"{rate['median']:,.0f} GFLOP/s in {name}" for name, rate in stored["matmul_gflop_per_second"].items()
+    )
+    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"Measured alone on {machine['device']} ({machine['threads']} threads, {machine['loader_processes']} loader "
+        f"processes), batch {rows[0]['batch_size']}, median of {rows[0]['repeats']} interleaved repeats with their range; "
+        f"matrix products run at {matmul} there. {packages}.",
+        "",
+        "| | images / s | of the matrix-product rate | peak memory | times the first row |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    part = None
+    for row in rows:
+        if row["part"] != part:
+            part = row["part"]
+            core = ", a core" if "images_per_core_second" in row else ""
+            lines.append(f"| **{part}**{core} | | | | |")
+        rate = row.get("images_per_core_second", row["images_per_second"])
+        fraction = f"{row['matmul_fraction']:.0%}" if "matmul_fraction" in row else ""
+        lines.append(
+            f"| {row['name']} | {format_spread(rate)} | {fraction} | {row['peak_memory_mib']:,.0f} MiB | "
+            f"{format_spread(row['speedup'], 1)} |"
+        )
+    return "\n".join(lines)
+
+
 def print_profile(args: argparse.Namespace, device: torch.device, precision: str) -> None:
     ours = [row for row in make_parts(args, device, precision)["training"] if not row.reference and not row.keep_memory]
     with Worker(ours[-1]) as worker:
@@ -240,6 +272,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {out}")
     if args.scaling:
         plot_scaling(result, out.with_suffix(".png"))
+    elif args.publish:
+        readme = PROJECT_ROOT / "README.md"
+        readme.write_text(replace_block(readme.read_text(), "speed", markdown_table(json.loads(out.read_text()))))
 
 
 if __name__ == "__main__":

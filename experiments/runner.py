@@ -24,8 +24,8 @@ from utils.analysis import per_class_accuracy
 from utils.checkpoint import save_weights, write_atomically
 from utils.config import Config, full, quick
 from utils.dataset import ImageDataset, make_loaders
-from utils.engine import NonFiniteLossError, TrainState, fit, make_criterion, make_optimizer, start, train_epoch
-from utils.lr_finder import LRRange, LRRangeError, find_lr
+from utils.engine import NonFiniteLossError, TrainState, find_range, fit, make_criterion, start, train_epoch
+from utils.lr_finder import LRRange, LRRangeError
 from utils.report import close_history, duration, final_test, run_record
 from utils.transforms import BatchAugment
 
@@ -246,7 +246,7 @@ class Runner:
         }
         try:
             began = time.perf_counter()
-            lr_range = self._lr_range(model, loader, config)
+            lr_range = find_range(model, loader, config, self.precision)
             range_test_seconds = time.perf_counter() - began
             lr_min, lr_max = run.variant.lr_min_factor * lr_range.lr_min, run.variant.lr_max_factor * lr_range.lr_max
             if not lr_min < lr_max:
@@ -293,22 +293,6 @@ class Runner:
             "weight_decay": float(group["weight_decay"]),
             "seconds": seconds,
         }
-
-    def _lr_range(self, model: CustomResNet, loader, config: Config) -> LRRange:
-        """The range test's answer, or the LRs that ``config`` gives."""
-        if config.lr_min is not None:
-            return LRRange(config.lr_min, config.lr_max, *[np.array([])] * 3, "given", {})
-        return find_lr(
-            model,
-            loader,
-            make_optimizer(model, config),
-            make_criterion(config),
-            precision=self.precision,
-            start=config.range_test_start,
-            end=config.range_test_end,
-            steps=config.range_test_steps,
-            rule=config.lr_rule,
-        )
 
 
 def _train_untested(state: TrainState, loader, config: Config, precision: runtime.Precision):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import speed
 from models import CustomResNet
 from utils import config as configs
 from utils import plotting, report
@@ -141,6 +142,12 @@ def published() -> dict:
 def test_readme_and_log_agree_with_metrics(published):
     assert report.render_readme(README.read_text(), published) == README.read_text()
     assert (ROOT / "training_logs.md").read_text() == report.training_log(published)
+
+
+def test_the_readmes_speed_table_is_the_measured_one():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "speed-cpu.json").read_text())
+    assert not stored["machine"]["quick"]
+    assert report.replace_block(README.read_text(), "speed", speed.markdown_table(stored)) == README.read_text()
 
 
 def test_the_published_figures_agree_with_each_other(published):

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from utils.config import Config
+from utils.lr_finder import LRRange, find_lr
 from utils.runtime import Precision, clear_failures
 from utils.schedule import one_cycle
 
@@ -250,6 +251,29 @@ def make_optimizer(model: nn.Module, config: Config, lr_max: float | None = None
 def make_criterion(config: Config) -> nn.CrossEntropyLoss:
     """Cross-entropy on logits (the softmax is in here), with the recipe's label smoothing."""
     return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+
+def find_range(model: nn.Module, train_loader: Iterable, config: Config, precision: Precision) -> LRRange:
+    """Both ends of the cycle: those that ``config`` gives, else what the LR range test finds with its settings.
+
+    ``model`` is on ``precision.device``; it is not changed.
+
+    Raises:
+        LRRangeError: the range test's curve has no answer.
+    """
+    if config.lr_min is not None:
+        return LRRange.given(config.lr_min, config.lr_max)
+    return find_lr(
+        model,
+        train_loader,
+        make_optimizer(model, config),
+        make_criterion(config),
+        precision=precision,
+        start=config.range_test_start,
+        end=config.range_test_end,
+        steps=config.range_test_steps,
+        rule=config.lr_rule,
+    )
 
 
 @dataclass

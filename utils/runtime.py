@@ -153,17 +153,21 @@ def clear_failures(batch_size: int):
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (OutOfMemoryError, LoaderError):
+        raise  # from an inner one
+    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         text = str(error)
         if isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY):
             raise OutOfMemoryError(
                 f"out of memory with batch_size {batch_size}: start anew with a smaller one, such as "
                 f"{max(1, batch_size // 2)}, or close what else uses this memory and resume"
             ) from error
-        if _DEAD_WORKER in text:
+        # A tensor on its way from a process that dies ends as a broken connection.
+        if _DEAD_WORKER in text or isinstance(error, (ConnectionError, EOFError)):
+            reason = text.splitlines()[0].rstrip(". ") if text else "its connection ended"
             raise LoaderError(
-                f"a loader process died ({text.splitlines()[0].rstrip('. ')}), often for lack of memory: resume, and if it "
-                "dies again use fewer of them, or the batched pipeline, which needs none"
+                f"a loader process died ({reason}), often for lack of memory: resume, and if it dies again use fewer of "
+                "them, or the batched pipeline, which needs none"
             ) from error
         raise
 

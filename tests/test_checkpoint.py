@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import time
 
@@ -66,7 +67,7 @@ def config():
 
 @pytest.fixture
 def saved(tmp_path, toy, config):
-    """A folder with the checkpoints of epochs 1 and 2, and the path of a copy of each as it was written."""
+    """A folder with the checkpoints of epochs 1 and 2."""
     state, train_loader, test_loader = tiny_state(toy, config)
     folder = RunFolder(tmp_path / "run")
 
@@ -74,8 +75,9 @@ def saved(tmp_path, toy, config):
         if state.history.epochs <= 2:
             folder.save(state, config, DATA)
 
-    fit(state, train_loader, test_loader, config, precision=FP32, after_epoch=save_two)
-    return folder
+    with folder:
+        fit(state, train_loader, test_loader, config, precision=FP32, after_epoch=save_two)
+        yield folder
 
 
 # --- exactness ------------------------------------------------------------------------------------------------------
@@ -90,7 +92,8 @@ def test_resuming_after_any_epoch_ends_as_if_never_stopped(tmp_path, toy, config
         folder.save(state, config, DATA)
         states[state.history.epochs] = folder.checkpoint.read_bytes()
 
-    fit(state, train_loader, test_loader, config, precision=FP32, after_epoch=save)
+    with folder:
+        fit(state, train_loader, test_loader, config, precision=FP32, after_epoch=save)
     uninterrupted = copy.deepcopy(everything(state))
 
     for epoch, content in states.items():
@@ -391,10 +394,12 @@ def test_a_living_process_holds_the_folder_and_a_dead_one_does_not(tmp_path, toy
     while not (run_dir / "run.json").exists():
         assert holder.is_alive
         time.sleep(0.01)
-    with pytest.raises(RunLockedError, match="in use by another process: wait for it, stop it, or choose another"):
-        RunFolder(run_dir).__enter__()
-    holder.kill()
-    assert holder.wait() == KILLED
+    try:
+        with pytest.raises(RunLockedError, match="in use by another process: wait for it, stop it, or choose another"):
+            RunFolder(run_dir).__enter__()
+    finally:
+        holder.kill()
+        assert holder.wait() == KILLED
     with RunFolder(run_dir):
         pass
 
@@ -472,15 +477,29 @@ def test_the_local_run_counts_where_both_exist(tmp_path, toy, config, drive):
 def test_a_drive_that_drops_is_tried_again_then_warned_about_and_never_ends_the_run(
     tmp_path, toy, config, drive, monkeypatch
 ):
-    folder = run_folder_from_environment(tmp_path / "here" / "run")
-    drive.parent.write_bytes(b"no folder here")  # as a dropped mount, any access to what is below fails
-    with pytest.warns(UserWarning, match=r"checkpoint\.pt could not be copied to .*the run goes on.*whole file is"):
-        save_epochs(folder, toy, config, epochs=1)
-    assert len(decode(folder.checkpoint)["history"]["lr"]) == 1
+    state, _, _ = tiny_state(toy, config)
+    with run_folder_from_environment(tmp_path / "here" / "run") as folder:
+        folder.write_record({"config": config.to_dict()})
+        shutil.rmtree(drive.parent)
+        drive.parent.write_bytes(b"")  # a file in its place: as with a dropped mount, all access below it fails
+        with pytest.warns(UserWarning, match=r"checkpoint\.pt could not be copied to .*the run goes on.*whole file is"):
+            folder.save(state, config, DATA)
+        assert identical(decode(folder.checkpoint)["model"], state.model.state_dict())
 
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: drive.parent.unlink())  # it comes back meanwhile
-    save_epochs(folder, toy, config, epochs=2)
-    assert (drive / "checkpoint.pt").read_bytes() == folder.checkpoint.read_bytes()
+        monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: drive.parent.unlink())  # it comes back meanwhile
+        folder.save(state, config, DATA)
+    for path in (folder.record, folder.checkpoint):
+        assert (drive / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_drive_that_cannot_be_read_at_the_start_is_not_taken_for_an_empty_one(tmp_path, drive):
+    drive.parent.write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"could not be fetched.*see that the drive is mounted.*unset \$S10_RUN_DIR"
+    ):
+        run_folder_from_environment(tmp_path / "run").__enter__()
+    with RunFolder(tmp_path / "run"):  # unlocked again
+        pass
 
 
 def test_a_drive_that_is_not_mounted_gets_no_folders(tmp_path, toy, config, monkeypatch):

@@ -61,12 +61,12 @@ for name in sys.argv[1:]:
 """
 
 
-def test_importing_reaches_for_no_network():
+def test_importing_reaches_for_no_network(tmp_path):
     names = ["utils", "models", *(f"utils.{name}" for name in READING_ORDER if name in MODULES), "train"]
     result = subprocess.run(
         [sys.executable, "-c", WATCHED_IMPORT, *names],
         cwd=PROJECT_ROOT,
-        env={"PATH": "", "HOME": str(PROJECT_ROOT)},  # without NO_ALBUMENTATIONS_UPDATE: our modules must set it
+        env={"PATH": "", "HOME": str(tmp_path)},  # without NO_ALBUMENTATIONS_UPDATE: our modules must set it
         capture_output=True,
         text=True,
     )

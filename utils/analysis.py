@@ -33,7 +33,7 @@ class Predictions:
     @property
     def accuracy(self) -> float:
         """In percent."""
-        return 100.0 * float((self.predicted == self.labels).mean())
+        return 100.0 * int((self.predicted == self.labels).sum()) / len(self.labels)
 
     @property
     def loss(self) -> float:

@@ -212,7 +212,7 @@ def one_cycle(
         axis.annotate(
             f"LRMIN {lrs[-1]:.1e}",
             (epoch[-1], lrs[-1]),
-            xytext=(0, 26),
+            xytext=(0, 42),
             textcoords="offset points",
             ha="right",
             fontsize=9,
@@ -270,6 +270,10 @@ def training_curves(
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+        if len(epochs) > 2 * peak_epoch:  # the first epochs would squeeze all that follows into the top of the axis
+            low = 5 * (min(*train_accuracy[peak_epoch - 1 :], *test_accuracy[peak_epoch - 1 :]) // 5 - 1)
+            right.set_ylim(low, 100)
+            right.set_title(f"Accuracy (axis starts at {low:.0f}%)")
         right.annotate(
             f"{test_accuracy[-1]:.2f}%",
             (epochs[-1], test_accuracy[-1]),

@@ -224,9 +224,8 @@ def markdown_table(stored: dict) -> str:
     )
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"Measured alone on {machine['device']} ({machine['threads']} threads, {machine['loader_processes']} loader "
-        f"processes), batch {rows[0]['batch_size']}, median of {rows[0]['repeats']} interleaved repeats with their range; "
-        f"matrix products run at {matmul} there. {packages}.",
+        f"Measured alone on {machine['device']}, {machine['loader_processes']} loader processes; batch {rows[0]['batch_size']}, median of {rows[0]['repeats']} interleaved repeats with their range; "
+        f"matrix products run at {matmul} there (a share above 100%: convolutions outrun them). {packages}.",
         "",
         "| | images / s | of the matrix-product rate | peak memory | times the first row |",
         "| --- | ---: | ---: | ---: | ---: |",

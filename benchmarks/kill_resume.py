@@ -81,6 +81,7 @@ class RunProcess:
 
 def _train(argv: list[str], dataset: ImageDataset, prepare: Callable[[], None] | None, log: str) -> None:
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    multiprocessing.set_start_method(None, force=True)  # loader processes start as they do in any other process
     train.load_dataset = lambda root: dataset
     if prepare is not None:
         prepare()

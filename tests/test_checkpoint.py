@@ -142,6 +142,20 @@ def test_killed_again_and_again_the_run_still_ends_in_the_same_bits(tmp_path, to
     assert identical(outcome(run_dir), never_killed)
 
 
+def test_a_kill_amid_loader_processes_frees_the_folder_and_resumes_to_the_same_bits(tmp_path, toy):
+    flags = ("--pipeline", "albumentations", "--num-workers", "1")
+    assert child(arguments(tmp_path / "left-alone", *flags), toy).wait() == 0
+    assert child(arguments(tmp_path / "run", *flags), toy, KILLS["in epoch 3"]).wait() == KILLED
+    assert child(arguments(tmp_path / "run", "--resume", *flags), toy).wait() == 0  # at once: orphans hold no lock
+    assert identical(outcome(tmp_path / "run"), outcome(tmp_path / "left-alone"))
+
+
+def test_the_same_seed_gives_the_same_bits_in_another_process(tmp_path, toy, never_killed):
+    run_dir = tmp_path / "run"
+    assert child(arguments(run_dir), toy).wait() == 0
+    assert identical(outcome(run_dir), never_killed)
+
+
 def test_another_seed_ends_elsewhere(tmp_path, toy, never_killed):
     run_dir = tmp_path / "run"
     assert child(arguments(run_dir, "--seed", "1"), toy).wait() == 0

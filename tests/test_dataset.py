@@ -514,8 +514,8 @@ def test_what_cannot_be_unpacked_is_no_whole_archive(archive, tmp_path, content)
     damaged = {
         "no gzip": b"<html>captive portal</html>",
         "cut short": archive.content[: len(archive.content) // 2],
-        # A good beginning, up to a byte boundary, then what no deflate stream holds.
-        "overwritten": compressor.compress(tar[:2048]) + compressor.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 64,
+        # A good beginning, longer than any read buffer and up to a byte boundary, then what no deflate stream holds.
+        "overwritten": compressor.compress(tar[:150_000]) + compressor.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 64,
         "no tar": gzip.compress(b"plain text" * 1000),
     }[content]
     (tmp_path / "copy.tar.gz").write_bytes(damaged)

@@ -258,7 +258,10 @@ def test_an_optimizer_that_already_has_a_scheduler_is_swept_all_the_same(toy):
 
 
 def test_a_nan_in_mid_sweep_ends_it_and_the_curve_so_far_is_read(toy):
+    calls = []
+
     def falls_then_nan(logits, labels):
+        calls.append(1)
         step = len(STEPPED_WITH)
         value = 4 + abs(step - 30) / 10 if step < 40 else math.nan
         return logits.sum() * 0 + value
@@ -268,6 +271,7 @@ def test_a_nan_in_mid_sweep_ends_it_and_the_curve_so_far_is_read(toy):
     assert len(found.losses) == 40
     assert np.isfinite(found.losses).all()
     assert len(STEPPED_WITH) == 40  # no step was taken on the NaN
+    assert len(calls) == 41  # and no batch spent after it
 
 
 def test_single_bad_batches_of_a_set_learned_by_heart_do_not_end_the_sweep(toy):

@@ -20,7 +20,9 @@ from utils.lesson import classify_file
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Classify a picture with Session 10's trained network.")
     parser.add_argument("picture", nargs="*", type=Path, help="image files; the central square is scaled to 32x32")
-    parser.add_argument("--test", action="store_true", help="test the weights on CIFAR-10 instead (a minute on a CPU)")
+    parser.add_argument(
+        "--test", action="store_true", help="test the weights on CIFAR-10 instead (1.5 minutes on a CPU)"
+    )
     parser.add_argument("--weights", type=Path, default=report.RESULTS / report.WEIGHTS_NAME, help="a safetensors file")
     parser.add_argument("--top", type=int, default=3, help="how many classes to name (default: 3)")
     parser.add_argument("--data-dir", help="for --test: a folder with CIFAR-10 (default: $CIFAR10_DIR, else data/)")

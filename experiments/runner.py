@@ -24,7 +24,7 @@ from utils.analysis import per_class_accuracy
 from utils.checkpoint import save_weights, write_atomically
 from utils.config import Config, full, quick
 from utils.dataset import ImageDataset, make_loaders
-from utils.engine import NonFiniteLossError, TrainState, find_range, fit, make_criterion, start, train_epoch
+from utils.engine import NonFiniteLossError, TrainState, advance, find_range, fit, make_criterion, start
 from utils.lr_finder import LRRange, LRRangeError
 from utils.report import close_history, duration, final_test, run_record
 from utils.transforms import BatchAugment
@@ -299,18 +299,7 @@ def _train_untested(state: TrainState, loader, config: Config, precision: runtim
     """All epochs, with no look at the evaluation images in between; the last epoch's train metrics."""
     criterion = make_criterion(config)
     for epoch in range(config.epochs):
-        loader.epoch = epoch
-        metrics, _ = train_epoch(
-            state.model,
-            loader,
-            state.optimizer,
-            state.scheduler,
-            criterion,
-            precision=precision,
-            scaler=state.scaler,
-            ema=state.ema,
-            ema_every=config.ema_every,
-        )
+        metrics, _ = advance(state, loader, epoch, config, criterion, precision=precision)
     return metrics
 
 

@@ -105,7 +105,7 @@ def test_an_interrupted_run_starts_again_and_gives_the_uninterrupted_result(make
     whole = Log(tmp_path).records
     (tmp_path / "runs.jsonl").unlink()
 
-    train = runner_module.train_epoch
+    train = runner_module.advance
     calls = []
 
     def interrupted(*args, **kwargs):
@@ -114,7 +114,7 @@ def test_an_interrupted_run_starts_again_and_gives_the_uninterrupted_result(make
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(runner_module, "train_epoch", interrupted)
+    monkeypatch.setattr(runner_module, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_runner().execute(runs, Budget())
     assert [record["variant"] for record in Log(tmp_path).records] == ["recipe"]

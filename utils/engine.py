@@ -308,6 +308,29 @@ def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_
     return TrainState(model, optimizer, scheduler, precision.grad_scaler(), ema, History())
 
 
+def advance(
+    state: TrainState, loader, epoch: int, config: Config, criterion: nn.Module, *, precision: Precision
+) -> tuple[Metrics, list[float]]:
+    """Train ``state`` for epoch ``epoch`` (from 0), with the order and augmentations of that epoch.
+
+    Returns:
+        What ``train_epoch`` returns.
+    """
+    loader.epoch = epoch
+    return train_epoch(
+        state.model,
+        loader,
+        state.optimizer,
+        state.scheduler,
+        criterion,
+        precision=precision,
+        scaler=state.scaler,
+        ema=state.ema,
+        ema_every=config.ema_every,
+        description=f"epoch {epoch + 1}/{config.epochs}",
+    )
+
+
 def fit(
     state: TrainState,
     train_loader,
@@ -340,21 +363,9 @@ def fit(
         print(table_row(state.history, epoch))
     for epoch in range(state.history.epochs, config.epochs):
         began = time.perf_counter()
-        train_loader.epoch = epoch
         try:
             with clear_failures(config.batch_size):
-                train, lrs = train_epoch(
-                    state.model,
-                    train_loader,
-                    state.optimizer,
-                    state.scheduler,
-                    criterion,
-                    precision=precision,
-                    scaler=state.scaler,
-                    ema=state.ema,
-                    ema_every=config.ema_every,
-                    description=f"epoch {epoch + 1}/{config.epochs}",
-                )
+                train, lrs = advance(state, train_loader, epoch, config, criterion, precision=precision)
                 test = evaluate(state.tested_model, test_loader, precision=precision)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"epoch {epoch + 1}: {error}", state.history) from None

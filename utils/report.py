@@ -194,17 +194,17 @@ def write_results(
         figures: by file name.
         note: a sentence for the log, such as what else the machine was doing.
     """
-    folder = Path(folder)
+    folder, metrics = Path(folder), {**metrics, "note": note}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         plotting.save_figure(figure, folder / name)
     save_weights(model, folder / WEIGHTS_NAME, {"classes": ",".join(metrics["per_class_accuracy"])})
-    write_atomically(folder / "metrics.json", (json.dumps({**metrics, "note": note}, indent=1) + "\n").encode())
+    write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     published = folder == RESULTS
     log = runtime.PROJECT_ROOT / "training_logs.md" if published else folder / "training_logs.md"
-    write_atomically(log, training_log({**metrics, "note": note}).encode())
+    write_atomically(log, training_log(metrics).encode())
     if published:
-        update_readme(runtime.PROJECT_ROOT / "README.md", {**metrics, "note": note})
+        update_readme(runtime.PROJECT_ROOT / "README.md", metrics)
 
 
 def read_metrics(folder: Path = RESULTS) -> dict:

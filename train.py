@@ -116,6 +116,11 @@ def make_parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto, the fastest that is sound here"
     )
+    machine.add_argument(
+        "--compile",
+        choices=configs.COMPILE_MODES,
+        help="torch.compile's mode; reduce-overhead uses CUDA graphs (default: off; see the README's speed table)",
+    )
     machine.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     return parser
 
@@ -248,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         except NonFiniteLossError as error:
             advice = "lower LRs are set with --lr-min and --lr-max, in another --run-dir"
             return fail(f"{error}; {kept(folder, config)}; {advice}", EXIT_FAILED)
-        except (runtime.OutOfMemoryError, runtime.LoaderError) as error:
+        except (runtime.OutOfMemoryError, runtime.LoaderError, runtime.CompileError) as error:
             return fail(f"{error}; {kept(folder, config)}", EXIT_FAILED)
         except (DatasetError, CheckpointError, RunLockedError, LRRangeError, ResultsError, OSError) as error:
             return fail(error, EXIT_FAILED)

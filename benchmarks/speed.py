@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -23,11 +24,12 @@ from statistics import median
 import torch
 
 from benchmarks.scaling import measure_scaling, plot_scaling
-from benchmarks.workloads import KEEP_MEMORY, MIB, Measurement, Worker, Workload, count_flop, measure
-from utils.config import Config
+from benchmarks.workloads import MIB, Measurement, Worker, Workload, count_flop, measure
+from utils.config import COMPILE_MODES, Config
 from utils.report import replace_block
 from utils.runtime import PROJECT_ROOT, code_commit, device_name, pick_device, pick_precision, versions
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # the processes that measure inherit it
 EPOCH_IMAGES = 50_000  # CIFAR-10's train images: what "an epoch" is extrapolated to
 
 UNITS = {
@@ -36,12 +38,13 @@ UNITS = {
     "seconds_per_epoch": f"s, extrapolated to {EPOCH_IMAGES:,} images",
     "gflop_per_second": "10^9 floating-point operations / s",
     "matmul_fraction": "share of this machine's rate for matrix products of the same precision",
+    "first_pass_seconds": "s, a process's first pass over the images: where torch.compile compiles",
     "peak_memory_mib": "MiB; CUDA: allocated on the GPU; CPU: resident in the process, loader processes not counted",
     "speedup": "times the first row of the part; augmentation on a CPU: by images_per_core_second",
 }
 NOTE = """\
 Median (min-max) over the repeats; speedups against the first row of each part, repeat by repeat.
-Ratios are fp32 to fp32: an fp32 row compares like with like. Lower precision and the allocator settings come on top.
+Ratios are fp32 to fp32: an fp32 row compares like with like. Lower precision comes on top.
 "s/epoch" is extrapolated to 50,000 images. Memory leaves out the processes of the DataLoader."""
 
 
@@ -90,9 +93,10 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
     if precision != "fp32":
         ours.append(dict(name=f"ours, {precision}", precision=precision))
     usual = dict(name="usual way, fp32", reference=True, num_workers=args.num_workers)
-    kept = []  # a second time, with an allocator that does not return memory to the kernel
-    if not on_cuda and platform.libc_ver()[0] == "glibc":
-        kept = [dict(ours[-1], name=f"{ours[-1]['name']}, allocator keeps memory", keep_memory=True)]
+    compiled = []
+    if not args.quick and (on_cuda or shutil.which("g++")):  # what torch.compile needs on a CPU
+        modes = COMPILE_MODES[1:] if on_cuda else COMPILE_MODES[1:2]  # without a GPU there are no CUDA graphs
+        compiled = [dict(ours[-1], name=f"{ours[-1]['name']}, compile {mode}", compile=mode) for mode in modes]
 
     train = partial(make, images=args.images, batch_size=args.batch_size)
     test_images = 20 if args.quick else 10_000 if on_cuda else 1000
@@ -104,7 +108,7 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
     )
     return {
         "training": [train("training", **row) for row in [usual, *ours]],
-        "step": [train("step", **row) for row in [usual, *ours, *kept]]
+        "step": [train("step", **row) for row in [usual, *ours, *compiled]]
         + [multiply("matmul", precision=row.get("precision", "fp32")) for row in ours],
         "evaluation": [test(**row) for row in [*ours, dict(ours[-1], name=f"{ours[-1]['name']}, flip TTA", tta=True)]],
         "augmentation": [
@@ -127,6 +131,7 @@ def summarize(workload: Workload, measured: list[Measurement], baseline: list[fl
         **asdict(workload),
         "repeats": len(measured),
         "images_per_second": spread([images / each.seconds for each in measured]),
+        "first_pass_seconds": measured[0].first_seconds,
         "peak_memory_mib": max(each.peak_bytes for each in measured) / MIB,
         "speedup": spread([rate / base for rate, base in zip(compared_rates(workload, measured), baseline)]),
     }
@@ -164,7 +169,6 @@ def compare(args: argparse.Namespace, device: torch.device, precision: str) -> d
     return {
         "flop_per_image": {part: count_flop(part) for part in ("training", "evaluation")},
         "matmul_gflop_per_second": matmul,
-        "allocator_settings": KEEP_MEMORY,
         "units": UNITS,
         "rows": rows,
     }
@@ -195,8 +199,14 @@ def format_spread(values: dict[str, float] | None, digits: int = 0) -> str:
     return f"{values['median']:,.{digits}f} ({values['min']:,.{digits}f}-{values['max']:,.{digits}f})"
 
 
+def row_name(row: dict) -> str:
+    """The row's name; where it was compiled, with what that cost once."""
+    cold = "" if row["compile"] == "off" else f" (first {row['images']:,} images: {row['first_pass_seconds']:.0f} s)"
+    return row["name"] + cold
+
+
 def format_table(result: dict) -> str:
-    header = f"{'':36} {'images/s':>24} {'per core':>24} {'s/epoch':>22} {'of matmul':>9} {'MiB':>7} {'speedup':>22}"
+    header = f"{'':46} {'images/s':>24} {'per core':>24} {'s/epoch':>22} {'of matmul':>9} {'MiB':>7} {'speedup':>22}"
     lines = [header]
     part = None
     for row in result["rows"]:
@@ -205,7 +215,7 @@ def format_table(result: dict) -> str:
             lines.append(part)
         fraction = f"{row['matmul_fraction']:.0%}" if "matmul_fraction" in row else "-"
         lines.append(
-            f"  {row['name']:34} {format_spread(row['images_per_second']):>24} "
+            f"  {row_name(row):44} {format_spread(row['images_per_second']):>24} "
             f"{format_spread(row.get('images_per_core_second')):>24} {format_spread(row.get('seconds_per_epoch')):>22} "
             f"{fraction:>9} {row['peak_memory_mib']:>7,.0f} {format_spread(row['speedup'], 2):>22}"
         )
@@ -239,14 +249,14 @@ def markdown_table(stored: dict) -> str:
         rate = row.get("images_per_core_second", row["images_per_second"])
         fraction = f"{row['matmul_fraction']:.0%}" if "matmul_fraction" in row else ""
         lines.append(
-            f"| {row['name']} | {format_spread(rate)} | {fraction} | {row['peak_memory_mib']:,.0f} MiB | "
+            f"| {row_name(row)} | {format_spread(rate)} | {fraction} | {row['peak_memory_mib']:,.0f} MiB | "
             f"{format_spread(row['speedup'], 1)} |"
         )
     return "\n".join(lines)
 
 
 def print_profile(args: argparse.Namespace, device: torch.device, precision: str) -> None:
-    ours = [row for row in make_parts(args, device, precision)["training"] if not row.reference and not row.keep_memory]
+    ours = [row for row in make_parts(args, device, precision)["training"] if not row.reference]
     with Worker(ours[-1]) as worker:
         print(f"{ours[-1].name}: {args.images:,} images in batches of {args.batch_size}\n{worker.profile(rows=20)}")
 

@@ -5,7 +5,6 @@ Images are random pixels: the time of every workload depends on their number, ne
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -27,13 +26,6 @@ from utils.dataset import CIFAR10_CLASSES, ImageDataset, make_loaders
 from utils.engine import evaluate, make_criterion, start, train_epoch
 from utils.runtime import Precision, seed_everything
 
-# glibc hands large blocks back to the kernel when they are freed, and a training step asks for the same ones again.
-# With these it keeps them. They are read when a process starts, so they are set from outside.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(16 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
 MIB = 1 << 20
 MANY_EPOCHS = 1000  # length of the LR cycle, more than are ever measured
 
@@ -54,7 +46,7 @@ class Workload:
         tta: evaluate the mirror images too.
         num_workers: loader processes of the reference.
         threads: CPU threads, None for torch's choice.
-        keep_memory: run with ``KEEP_MEMORY`` in the environment.
+        compile: ``torch.compile``'s mode, or "off".
     """
 
     part: str
@@ -67,19 +59,20 @@ class Workload:
     tta: bool = False
     num_workers: int = 0
     threads: int | None = None
-    keep_memory: bool = False
+    compile: str = "off"
 
 
 @dataclass(frozen=True)
 class Measurement:
     """One pass: wall time, CPU time of the process and its loader processes, and the peak memory so far.
 
-    Memory is the GPU's allocations on CUDA, else the resident memory of the process (loader processes not counted).
+    ``first_seconds`` is the wall time of the process's first pass, in which torch.compile compiles. Memory is the GPU's allocations on CUDA, else the resident memory of the process (loader processes not counted).
     """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    first_seconds: float
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -97,6 +90,7 @@ def make_pass(workload: Workload) -> Callable[[], object]:
         epochs=MANY_EPOCHS,
         pipeline="albumentations" if workload.reference else "batched",
         num_workers=workload.num_workers,
+        compile=workload.compile,
     )
     train_loader, test_loader = make_loaders(_random_images(workload), config, device, precision.dtype)
     if workload.part == "augmentation":
@@ -173,6 +167,7 @@ def count_flop(part: str) -> int:
 
 _workload: Workload
 _pass: Callable[[], object]
+_first_seconds: float
 
 
 class Worker:
@@ -182,22 +177,13 @@ class Worker:
     """
 
     def __init__(self, workload: Workload):
-        # Forking a server that has imported everything saves seconds a process. The allocator's settings need a
-        # process that starts from nothing.
-        context = get_context("spawn" if workload.keep_memory else "forkserver")
-        if not workload.keep_memory:
-            context.set_forkserver_preload([__name__])
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # one import for all processes
         self.workload = workload
         self._pool = ProcessPoolExecutor(1, mp_context=context)
 
     def __enter__(self) -> Worker:
-        environment = {"TQDM_DISABLE": "1"} | (KEEP_MEMORY if self.workload.keep_memory else {})
-        os.environ.update(environment)
-        try:
-            self._pool.submit(_prepare, self.workload).result()
-        finally:
-            for name in environment:
-                del os.environ[name]
+        self._pool.submit(_prepare, self.workload).result()
         return self
 
     def __exit__(self, *exc) -> None:
@@ -220,27 +206,35 @@ def measure(workloads: list[Workload], repeats: int) -> list[list[Measurement]]:
 
 
 def _prepare(workload: Workload) -> None:
-    global _workload, _pass
+    global _workload, _pass, _first_seconds
     if sys.platform == "linux":
         set_start_method("fork", force=True)  # the DataLoader's processes: the quickest start, to be fair to it
     if workload.threads:
         torch.set_num_threads(workload.threads)
     _workload, _pass = workload, make_pass(workload)
+    began = time.perf_counter()
     _pass()
+    _synchronize()
+    _first_seconds = time.perf_counter() - began
+
+
+def _synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.device(_workload.device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _measure() -> Measurement:
     on_cuda = torch.device(_workload.device).type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
+    _synchronize()
     cpu_began, began = _cpu_seconds(), time.perf_counter()
     _pass()
-    if on_cuda:
-        torch.cuda.synchronize()
+    _synchronize()
     seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - cpu_began
     peak = torch.cuda.max_memory_allocated() if on_cuda else _peak_resident_bytes()
-    return Measurement(seconds, cpu_seconds, peak)
+    return Measurement(seconds, cpu_seconds, peak, _first_seconds)
 
 
 def _cpu_seconds() -> float:

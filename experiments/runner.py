@@ -131,6 +131,7 @@ class Split:
         loader = copy.copy(self.train_loader)
         loader.batch_size = config.batch_size
         loader.augment = BatchAugment(config.pad, config.pad_mode, config.flip, config.cutout)
+        loader.alternate_flip = config.alternate_flip
         loader.seed = config.seed
         return loader
 
@@ -227,8 +228,6 @@ class Runner:
         config, split, precision = self.config(run), self.split(run.split), self.precision
         runtime.seed_everything(config.seed, config.deterministic)
         loader = split.new_train_loader(config)
-        if run.variant.wrap_loader is not None:
-            loader = run.variant.wrap_loader(loader)
         model = CustomResNet(len(split.dataset.classes), config.dropout, config.logit_scale)
         if run.variant.edit_model is not None:
             run.variant.edit_model(model)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from models import CustomResNet
 from utils.config import Config
-from utils.dataset import BatchedLoader
 
 ORIGINAL_LR_MAX = 0.0157  # what the original write-up's range test suggested
 
@@ -29,7 +26,6 @@ class Variant:
         edit_model: changes a new model in place.
         edit_group: changes the optimizer's only parameter group in place, before the first step. ``OneCycleLR`` keeps
             the ends of its ramps there: "initial_lr", "max_lr" and "min_lr" (the last step's).
-        wrap_loader: makes the train loader to use from the usual one.
     """
 
     name: str
@@ -39,7 +35,6 @@ class Variant:
     lr_max_factor: float = 1.0
     edit_model: Callable[[CustomResNet], None] | None = None
     edit_group: Callable[[dict], None] | None = None
-    wrap_loader: Callable[[BatchedLoader], AlternatingFlip] | None = None
 
     def departs_from(self, config: Config) -> bool:
         """False when it only sets what ``config`` has already."""
@@ -107,41 +102,6 @@ def original_optimizer(group: dict) -> None:
     group["weight_decay"], group["decoupled_weight_decay"] = 1e-4, False
 
 
-# --- the loader -----------------------------------------------------------------------------------------------------
-
-
-class AlternatingFlip:
-    """Each image mirrored in every other epoch, half of them in the even ones, instead of by a coin toss each time.
-
-    K. Jordan, *94% on CIFAR-10 in 3.29 seconds* (2024), https://arxiv.org/abs/2404.00498. Two epochs in a row then never
-    show the same side of an image twice. Mirroring before pad, crop and cutout is the same as after: all are symmetric.
-
-    Args:
-        loader: the usual train loader; it is not changed, and its own coin toss is left out.
-
-    Attributes:
-        epoch: as in ``BatchedLoader``.
-    """
-
-    def __init__(self, loader: BatchedLoader):
-        self.loader = copy.copy(loader)
-        self.loader.augment = dataclasses.replace(loader.augment, flip=False)
-        generator = torch.Generator().manual_seed(loader.seed)
-        self.first = torch.randint(2, (len(loader.labels),), generator=generator).bool().to(loader.labels.device)
-        self.epoch = loader.epoch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self):
-        loader = copy.copy(self.loader)  # the images stay where they are; only this epoch's view of them is new
-        mirrored = self.first ^ bool(self.epoch % 2)
-        loader.images = torch.where(mirrored[:, None, None, None], loader.images.flip(2), loader.images)
-        loader.epoch = self.epoch
-        self.epoch += 1
-        return iter(loader)
-
-
 # --- the lists ------------------------------------------------------------------------------------------------------
 
 CONSTANT_FRACTIONS = (0.1, 0.2, 0.05, 0.4)
@@ -190,6 +150,7 @@ def tuning(recipe: Config) -> list[Variant]:
         ("eps", (1e-5, 1e-4, 1e-3), "a floor under Adam's second moment"),
         ("logit_scale", (0.0625, 0.25, 1.0), "how large the first logits are"),
         ("pad_mode", ("constant", "reflect"), "what is seen beyond the border"),
+        ("alternate_flip", (False, True), "both sides of an image in any two epochs, or a coin toss"),
     ]
     variants += [
         Variant(f"{name} {value}", shows, {name: value}) for name, values, shows in settings for value in values
@@ -198,9 +159,6 @@ def tuning(recipe: Config) -> list[Variant]:
         Variant(f"BN momentum {momentum}", "batch norm's running statistics", edit_model=norm_momentum(momentum))
         for momentum in (0.4, 0.03)
     ]
-    variants.append(
-        Variant("alternating flip", "both sides of an image in any two epochs", wrap_loader=AlternatingFlip)
-    )
     return [variant for variant in variants if variant.departs_from(recipe)] + list(constant_variants().values())
 
 
@@ -237,6 +195,7 @@ def ablations(recipe: Config, constant: Variant) -> list[Variant]:
                 "label_smoothing": 0.0,
                 "logit_scale": 1.0,
                 "ema_decay": 0.0,
+                "alternate_flip": False,
                 "pad": 2,
             },
             edit_model=pad_by_replication,

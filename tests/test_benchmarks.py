@@ -1,11 +1,14 @@
 """The benchmark's table and JSON hold every row, with units. Nothing here depends on how fast the machine is."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from benchmarks import speed
 from utils.runtime import PROJECT_ROOT
 
 PARTS = ("training", "step", "evaluation", "augmentation")
@@ -40,6 +43,8 @@ def test_every_part_has_its_baseline_and_ours(output):
 
 def test_every_row_holds_its_numbers_and_every_number_its_unit(output):
     _, result = output
+    for row in result["rows"]:
+        assert row["first_pass_seconds"] > 0
     numbers = ("images_per_second", "images_per_core_second", "seconds_per_epoch", "gflop_per_second", "speedup")
     for row in result["rows"]:
         assert 50 < row["peak_memory_mib"] < 100_000
@@ -58,6 +63,16 @@ def test_every_row_holds_its_numbers_and_every_number_its_unit(output):
     assert rate["min"] / base["max"] <= ours["speedup"]["median"] <= rate["max"] / base["min"]
     # An epoch is 50,000 images, whatever was measured.
     assert ours["seconds_per_epoch"]["max"] == pytest.approx(50_000 / rate["min"])
+
+
+@pytest.mark.parametrize(("device", "modes"), [("cpu", ["default"]), ("cuda", ["default", "reduce-overhead"])])
+def test_a_whole_benchmark_also_compiles_and_says_what_that_cost(monkeypatch, device, modes):
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # a compiler is there
+    monkeypatch.setattr(speed, "pick_device", lambda name: torch.device(device))
+    parts = speed.make_parts(speed.parse_args([]), torch.device(device), "bf16")
+    assert [row.compile for row in parts["step"] if row.compile != "off"] == modes
+    row = dict(name="ours, bf16, compile default", compile="default", images=512, first_pass_seconds=45.4)
+    assert speed.row_name(row) == "ours, bf16, compile default (first 512 images: 45 s)"
 
 
 def test_the_work_an_image_takes_is_counted(output):

@@ -70,6 +70,7 @@ def test_a_config_is_frozen_and_plain_json():
         (dict(label_smoothing=1.0), "label_smoothing is 1.0"),
         (dict(ema_decay=1.0), "ema_decay is 1.0"),
         (dict(ema_every=0), "ema_every is 0"),
+        (dict(compile="fast"), "compile is 'fast': choose one of 'off', 'default', 'reduce-overhead'"),
         (dict(peak_epoch=0), "peak_epoch is 0: it must be at least 1"),
         (dict(epochs=3), "epochs is 3: the LR peaks at epoch 5 .* train for at least 6 epochs or lower peak_epoch"),
         (dict(epochs=5), "epochs is 5: the LR peaks at epoch 5"),

@@ -2,8 +2,12 @@
 
 import copy
 import math
+import platform
 import random
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from utils.dataset import BatchedLoader, make_loaders
 from utils.engine import (
     NonFiniteLossError,
     RunningMetrics,
+    WeightAverage,
     evaluate,
     fit,
     make_criterion,
@@ -26,7 +31,7 @@ from utils.engine import (
     table_header,
     train_epoch,
 )
-from utils.runtime import Precision, pick_device, pick_precision, seed_everything
+from utils.runtime import CompileError, Precision, keep_freed_memory, pick_device, pick_precision, seed_everything
 from utils.schedule import one_cycle_lrs
 from utils.transforms import normalize
 
@@ -264,13 +269,16 @@ def test_the_average_of_the_weights_is_the_one_defined(toy):
     expected = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
     state = start(model, config, LR_MIN, LR_MAX, 4, FP32)
     schedule_step, steps = state.scheduler.step, []
+    # 8 updates of decay 0.8 ** 2 = 0.64, the first of them less: (1 + t) / (10 + t).
+    decays = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17]
 
     def step():
         schedule_step()
         steps.append(1)
-        if len(steps) % 2 == 0:  # decay 0.8 a step, applied every other step: 0.8 ** 2
+        if len(steps) % 2 == 0:
+            decay = decays[len(steps) // 2 - 1]
             for name in expected:
-                expected[name] = 0.64 * expected[name] + 0.36 * state.model.state_dict()[name]
+                expected[name] = decay * expected[name] + (1 - decay) * state.model.state_dict()[name]
 
     state.scheduler.step = step
     fit(state, *loaders, config, precision=FP32)
@@ -282,6 +290,28 @@ def test_the_average_of_the_weights_is_the_one_defined(toy):
     assert not torch.allclose(averaged["4.weight"], state.model.state_dict()["4.weight"])
 
 
+def test_the_average_forgets_the_untrained_weights_soon_and_then_keeps_its_decay():
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)  # the untrained weights are 0, the trained ones 1
+    average = WeightAverage(model, decay=0.9)
+    nn.init.ones_(model.weight)
+    seen = []
+    for _ in range(200):
+        average.update_parameters(model)
+        seen.append(average.module.weight.item())
+    assert seen[0] == pytest.approx(0.9)
+    assert seen[1] == pytest.approx(1 - 0.1 * 2 / 11)
+    assert seen[-1] == pytest.approx(1)
+    nn.init.zeros_(model.weight)
+    average.update_parameters(model)  # by now the first updates are long over
+    assert average.module.weight.item() == pytest.approx(0.9)
+    copied = WeightAverage(model, decay=0.9)
+    copied.load_state_dict(average.state_dict())
+    for each in (average, copied):  # goes on where the other stands
+        each.update_parameters(model)
+        assert each.module.weight.item() == pytest.approx(0.81)
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_what_is_tested_is_the_average_where_there_is_one(toy, ema_decay):
     config = tiny_config(ema_decay=ema_decay)
@@ -291,6 +321,33 @@ def test_what_is_tested_is_the_average_where_there_is_one(toy, ema_decay):
     metrics = evaluate(state.tested_model, test_loader, precision=FP32)
     assert state.history.test_loss[-1] == metrics.loss
     assert state.history.test_accuracy[-1] == metrics.accuracy
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inductor():
+    """The compiler behind ``torch.compile``, as if this process had compiled nothing yet, then and after."""
+    torch.compiler.reset()
+    yield torch._inductor.config
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_compiled_network_trains_to_the_same_weights(toy, inductor):
+    expected = train(toy, tiny_config(epochs=2))
+    compiled = train(toy, tiny_config(epochs=2, compile="default"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it was compiled, not merely marked
+    for name, value in expected.model.state_dict().items():  # under the same names: weights and checkpoints are as ever
+        torch.testing.assert_close(compiled.model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_without_a_compiler_the_error_says_how_to_do_without(toy, inductor, monkeypatch):
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    with pytest.raises(CompileError, match=r"torch\.compile failed \(.*C\+\+ compiler.*\): set compile to 'off'"):
+        train(toy, tiny_config(compile="default"))
 
 
 # --- a loss that is not finite --------------------------------------------------------------------------------------
@@ -337,8 +394,7 @@ def test_the_progress_bar_notices_a_loss_that_is_not_finite_before_the_epoch_end
 
 
 def test_the_loop_exchanges_no_value_with_the_device_at_every_step(toy, monkeypatch):
-    # Reading a tensor and making one from Python values both wait for a GPU; here their calls are counted. Weights are
-    # not averaged: torch's AveragedModel reads a counter at every update, which it keeps on the CPU.
+    # Reading a tensor and making one from Python values both wait for a GPU; here their calls are counted.
     monkeypatch.setattr(engine, "BAR_SECONDS", math.inf)
     calls = []
 
@@ -357,7 +413,7 @@ def test_the_loop_exchanges_no_value_with_the_device_at_every_step(toy, monkeypa
         count(torch, name)
 
     def calls_of_an_epoch(batch_size):
-        config = tiny_config(batch_size=batch_size, ema_decay=0.0)
+        config = tiny_config(batch_size=batch_size, ema_every=1)
         train_loader, _ = make_loaders(toy, config, CPU)
         state = start(tiny_model(), config, LR_MIN, LR_MAX, len(train_loader), FP32)
         calls.clear()
@@ -484,6 +540,41 @@ def test_a_numbered_gpu_that_is_there_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+
+
+KEPT_MEMORY = """
+import resource, torch
+from utils.runtime import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(12 << 20)  # 48 MiB, freed at once; below 32 MiB glibc soon learns to keep them by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+before = faults()
+assert keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_freed_memory_is_kept_for_the_next_step():
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT_MEMORY], cwd=runtime.PROJECT_ROOT, capture_output=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 20 * 1000  # pages that the kernel hands out again, each cleared
+    assert after < before / 10
+
+
+def test_elsewhere_memory_is_left_alone(monkeypatch):
+    keep_freed_memory.cache_clear()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()
+    keep_freed_memory.cache_clear()
 
 
 def test_seeding_repeats_every_global_generator():

@@ -13,7 +13,6 @@ from experiments.runner import FULL, Budget, Log, LogError, Run, Runner, Scale
 from experiments.tables import sections, write_tables
 from experiments.variants import (
     RECIPE,
-    AlternatingFlip,
     Variant,
     ablations,
     annihilation,
@@ -27,10 +26,9 @@ from experiments.variants import (
 )
 from models import CustomLayer, CustomResNet
 from utils.config import quick
-from utils.dataset import BatchedLoader, ImageDataset, make_loaders
+from utils.dataset import ImageDataset, make_loaders
 from utils.engine import start
 from utils.runtime import Precision
-from utils.transforms import BatchAugment, denormalize
 
 CPU = torch.device("cpu")
 SCALE = Scale(
@@ -211,7 +209,14 @@ def test_other_settings_or_images_are_other_runs(make_runner, toy):
 
 def test_images_already_on_the_device_give_the_batches_of_a_new_loader(make_runner):
     config = dataclasses.replace(
-        SCALE.recipe, seed=9, batch_size=8, pad=2, pad_mode="constant", flip=False, cutout=4, train_images=None
+        SCALE.recipe,
+        seed=9,
+        batch_size=8,
+        pad=2,
+        pad_mode="constant",
+        cutout=4,
+        alternate_flip=False,
+        train_images=None,
     )
     split = make_runner().validation
     expected, _ = make_loaders(split.dataset, config, CPU)
@@ -382,26 +387,6 @@ def test_annihilation():
     assert lrs[0] == pytest.approx(0.001)
     assert lrs[4] == pytest.approx(0.1)
     assert lrs[-1] == pytest.approx(0.00001)
-
-
-def test_alternating_flip_shows_both_sides_in_any_two_epochs(toy):
-    plain = BatchAugment(pad=0, cutout=0)
-    loader = AlternatingFlip(BatchedLoader(toy.train_images, toy.train_labels, 7, augment=plain, seed=5))
-    assert len(loader) == 9
-
-    def mirrored(epoch: int) -> np.ndarray:
-        loader.epoch = epoch
-        shown = np.concatenate([denormalize(images) for images, _ in loader])
-        assert loader.epoch == epoch + 1
-        assert (shown == toy.train_images).all(axis=(1, 2, 3)).sum() + (shown == toy.train_images[:, :, ::-1]).all(
-            axis=(1, 2, 3)
-        ).sum() == len(shown)
-        return (shown == toy.train_images[:, :, ::-1]).all(axis=(1, 2, 3))
-
-    even, odd = mirrored(0), mirrored(1)
-    assert (even != odd).all()
-    assert (mirrored(2) == even).all()
-    assert 0.2 < even.mean() < 0.8
 
 
 def test_variants_have_names_of_their_own_and_depart_from_the_recipe():

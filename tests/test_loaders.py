@@ -235,6 +235,37 @@ def test_the_augmentation_is_the_one_the_config_states(noise, pipeline):
     assert 0 < same.sum() < 50
 
 
+def mirrored_in(loader, noise, epoch):
+    """Which of the noise images epoch ``epoch`` shows mirrored, in the order of the set."""
+    images = noise[0]
+    loader.epoch = epoch
+    pictures, order = epoch_of(loader)
+    assert loader.epoch == epoch + 1
+    same = (denormalize(pictures) == images[order]).all(axis=(1, 2, 3))
+    mirrored = (denormalize(pictures) == images[order][:, :, ::-1]).all(axis=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    return mirrored[np.argsort(order)]
+
+
+def test_alternating_flips_show_both_sides_in_any_two_epochs(noise):
+    images, labels = noise
+    dataset = ImageDataset(images, labels, images, labels, ("a", "b"), "image-folder", "noise")
+    settings = dict(batch_size=16, pad=0, cutout=0)
+    loader, _ = make_loaders(dataset, Config(**settings, seed=5), CPU)
+    even, odd = mirrored_in(loader, noise, 0), mirrored_in(loader, noise, 1)
+    assert (even != odd).all()
+    assert (mirrored_in(loader, noise, 2) == even).all()
+    assert 10 < even.sum() < 40
+    other_seed, _ = make_loaders(dataset, Config(**settings, seed=6), CPU)
+    assert (mirrored_in(other_seed, noise, 0) != even).any()
+    tossed, _ = make_loaders(dataset, Config(**settings, alternate_flip=False), CPU)
+    once, again = mirrored_in(tossed, noise, 0), mirrored_in(tossed, noise, 1)
+    assert 10 < (once == again).sum() < 40
+    never, _ = make_loaders(dataset, Config(**settings, flip=False), CPU)
+    assert not mirrored_in(never, noise, 0).any()
+    assert not mirrored_in(never, noise, 1).any()
+
+
 def test_a_batch_larger_than_the_set_is_refused_for_the_run(toy):
     with pytest.raises(ValueError, match="batch_size is 512, but there are only 60 images: lower it to 60 or less"):
         make_loaders(toy, Config(), CPU)

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 PROFILES = ("full", "quick")
+COMPILE_MODES = ("off", "default", "reduce-overhead")
 
 
 class ConfigError(ValueError):
@@ -30,6 +31,8 @@ class Config:
     pad: int = 4  # pixels on *each* side, so that the 32x32 crop moves by up to 4 either way
     pad_mode: str = "reflect"  # "reflect" continues the picture, "constant" pads with the mean colour
     flip: bool = True
+    # Each image mirrored in every other epoch instead of by a coin toss (see BatchedLoader); "batched" only.
+    alternate_flip: bool = True
     cutout: int = 8  # side of the square filled with the mean colour; 0 turns it off
 
     # --- model ------------------------------------------------------------------------------------------------
@@ -64,6 +67,7 @@ class Config:
     seed: int = 0
     precision: str = "auto"  # "auto", "fp32", "bf16" or "fp16" (see utils/runtime.py)
     deterministic: bool = False  # CUDA only: bit-identical reruns; a CPU run is so anyway
+    compile: str = "off"  # "default" or, with CUDA graphs, "reduce-overhead": torch.compile's modes
 
     def __post_init__(self):
         def require(ok: bool, name: str, reason: str):
@@ -120,6 +124,9 @@ class Config:
         )
         require(self.range_test_steps >= 20, "range_test_steps", "a readable curve needs at least 20 steps")
         require(0 <= self.seed < 2**63, "seed", "it must be 0 or more, and below 2**63")
+        require(
+            self.compile in COMPILE_MODES, "compile", f"choose one of {', '.join(repr(mode) for mode in COMPILE_MODES)}"
+        )
         require(
             self.precision in ("auto", "fp32", "bf16", "fp16"), "precision", "choose 'auto', 'fp32', 'bf16' or 'fp16'"
         )

@@ -551,6 +551,9 @@ class BatchedLoader:
         labels: (N,) int64.
         batch_size: images a batch; the last batch is smaller unless ``drop_last``.
         augment: the augmentation, or None for plain normalization.
+        alternate_flip: mirror each image in every other epoch, half of them in the even ones, where ``augment`` would
+            toss a coin: two epochs in a row then show both sides of every image (K. Jordan, *94% on CIFAR-10 in 3.29
+            seconds*, 2024, https://arxiv.org/abs/2404.00498).
         shuffle: a new order each epoch.
         drop_last: leave the smaller last batch out.
         seed: of order and augmentation.
@@ -571,6 +574,7 @@ class BatchedLoader:
         batch_size: int,
         *,
         augment: BatchAugment | None = None,
+        alternate_flip: bool = False,
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
@@ -582,6 +586,7 @@ class BatchedLoader:
         self.labels = torch.from_numpy(np.ascontiguousarray(labels)).to(device)
         self.batch_size = batch_size
         self.augment = augment
+        self.alternate_flip = alternate_flip
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
@@ -594,12 +599,17 @@ class BatchedLoader:
 
     def __iter__(self):
         device, count = self.images.device, len(self.labels)
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-        self.epoch += 1
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         # Everything random is drawn here, once an epoch; the loop below only slices it.
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        draws = self.augment.draw(count, generator) if self.augment else None
+        if draws and self.augment.flip and self.alternate_flip:
+            # Of the seed alone: the same images are mirrored in all even epochs, the others in all odd ones.
+            in_even_epochs = torch.randint(2, (count,), generator=torch.Generator().manual_seed(self.seed)).bool()
+            draws = dataclasses.replace(draws, flips=in_even_epochs[order] ^ bool(epoch % 2))
         order = order.to(device)
-        draws = self.augment.draw(count, generator).to(device) if self.augment else None
+        draws = draws.to(device) if draws else None
         for step in range(len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             index = order[batch]
@@ -679,7 +689,13 @@ def make_loaders(dataset: ImageDataset, config: Config, device: torch.device, dt
     shared = dict(device=device, dtype=dtype)
     return (
         BatchedLoader(
-            *train, config.batch_size, augment=BatchAugment(**settings), shuffle=True, seed=config.seed, **shared
+            *train,
+            config.batch_size,
+            augment=BatchAugment(**settings),
+            alternate_flip=config.alternate_flip,
+            shuffle=True,
+            seed=config.seed,
+            **shared,
         ),
         BatchedLoader(*test, test_batch, **shared),
     )

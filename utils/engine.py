@@ -6,9 +6,11 @@ are read once a second for the progress bar and once at the end of the epoch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from utils.config import Config
 from utils.lr_finder import LRRange, find_lr
-from utils.runtime import Precision, clear_failures
+from utils.runtime import Precision, clear_failures, keep_freed_memory
 from utils.schedule import one_cycle
 
 BAR_SECONDS = 1.0  # how often the progress bar reads the metrics; each reading waits for the device
@@ -119,6 +120,50 @@ class RunningMetrics:
         return step if step < self.steps else None
 
 
+class WeightAverage(nn.Module):
+    """An exponential moving average (EMA) of a network's weights and batch-norm statistics.
+
+    Each update moves the average towards the network by 1 - decay. The first updates move it further: update t, from 0,
+    uses min(decay, (1 + t) / (10 + t)) instead (TensorFlow's ``num_updates``), so that the untrained weights it begins
+    with are soon forgotten. Like torch's ``AveragedModel``, but for that, and it never makes a GPU wait.
+
+    Args:
+        model: what to average; copied, so later changes to it count from ``update_parameters`` on.
+        decay: an update's, from 0 to below 1.
+
+    Attributes:
+        module: the averaged network.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the present state of ``model``, the network given first, on the same device."""
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for average, value in zip(_tensors(self.module), _tensors(model), strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight)
+            else:
+                average.copy_(value)  # batch norm's counter
+
+    def get_extra_state(self) -> int:
+        """For ``state_dict``: how many updates there were."""
+        return self.updates
+
+    def set_extra_state(self, state: int) -> None:
+        self.updates = state
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
 def train_epoch(
     model: nn.Module,
     loader: Iterable,
@@ -128,7 +173,7 @@ def train_epoch(
     *,
     precision: Precision,
     scaler: torch.amp.GradScaler,
-    ema: AveragedModel | None = None,
+    ema: WeightAverage | None = None,
     ema_every: int = 5,
     description: str = "train",
 ) -> tuple[Metrics, list[float]]:
@@ -261,6 +306,8 @@ def find_range(model: nn.Module, train_loader: Iterable, config: Config, precisi
     Raises:
         LRRangeError: the range test's curve has no answer.
     """
+    if precision.device.type == "cpu":
+        keep_freed_memory()
     if config.lr_min is not None:
         return LRRange.given(config.lr_min, config.lr_max)
     return find_lr(
@@ -284,7 +331,7 @@ class TrainState:
     optimizer: Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: WeightAverage | None
     history: History
 
     @property
@@ -295,16 +342,16 @@ class TrainState:
 
 def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_per_epoch: int, precision: Precision):
     """A fresh ``TrainState``: ``model`` moved to the device, with Adam, one cycle and the weight average around it."""
+    if precision.device.type == "cpu":
+        keep_freed_memory()
     model = model.to(precision.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config, lr_max)
     scheduler = one_cycle(
         optimizer, lr_min, lr_max, config.epochs, config.peak_epoch, steps_per_epoch, cycle_beta1=config.cycle_beta1
     )
-    ema = None
-    if config.ema_decay:
-        average = get_ema_multi_avg_fn(config.ema_decay**config.ema_every)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)  # batch-norm statistics too
-        ema.update_parameters(model)
+    ema = WeightAverage(model, config.ema_decay**config.ema_every) if config.ema_decay else None
+    if config.compile != "off":
+        model.compile(mode=config.compile, dynamic=False)  # dynamic=False: the last batch, if smaller, has its own code
     return TrainState(model, optimizer, scheduler, precision.grad_scaler(), ema, History())
 
 

@@ -255,17 +255,18 @@ def make_figures(
 
 def draw_train_samples(dataset: ImageDataset, config: Config, count: int = 10, versions: int = 3) -> plotting.Figure:
     """The first ``count`` train images above what the network sees of them in ``versions`` epochs."""
-    augment = BatchAugment(config.pad, config.pad_mode, config.flip, config.cutout)
-    images = torch.from_numpy(dataset.train_images[:count])
-    index = torch.arange(len(images))
-    generator = torch.Generator().manual_seed(config.seed)
-    augmented = np.stack(
-        [augment.apply(images, index, augment.draw(len(images), generator)).numpy() for _ in range(versions)]
+    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
+    loader = BatchedLoader(
+        images,
+        labels,
+        len(images),
+        augment=BatchAugment(config.pad, config.pad_mode, config.flip, config.cutout),
+        alternate_flip=config.alternate_flip,
+        seed=config.seed,
     )
-    names = [dataset.classes[label] for label in dataset.train_labels[:count]]
-    return plotting.augmentation_grid(
-        dataset.train_images[:count], augmented, names, "Train images, and what three epochs show the network"
-    )
+    augmented = np.stack([denormalize(batch) for _ in range(versions) for batch, _ in loader])
+    names = [dataset.classes[label] for label in labels]
+    return plotting.augmentation_grid(images, augmented, names, "Train images, and what three epochs show the network")
 
 
 def draw_test_samples(dataset: ImageDataset, count: int = GRID_IMAGES) -> plotting.Figure:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import platform
 import random
@@ -65,6 +67,31 @@ def set_threads(count: int) -> None:
     if count < 1:
         raise ValueError(f"threads is {count}: it must be at least 1")
     torch.set_num_threads(count)
+
+
+# glibc's mallopt(3): the parameters' numbers, and what they are set to, in bytes.
+_MALLOPT = {
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),  # free memory at the heap's end that goes back to the kernel: none
+    "M_TOP_PAD": (-2, 256 << 20),  # what the heap grows by
+    "M_MMAP_THRESHOLD": (-3, 1 << 30),  # blocks from this size on live outside the heap and go back when freed
+}
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees on the CPU, so that the next training step finds it there.
+
+    glibc hands large blocks back to the kernel, which then clears every page of them again in the next step: at batch
+    512 on 2 cores a bf16 step took 2.29 s so and 1.72 s with the memory kept. Numbers do not change; the peak
+    memory was 8% higher.
+
+    Returns:
+        False where the C library is not glibc (macOS, Windows, Alpine) and nothing was done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all([mallopt(number, value) == 1 for number, value in _MALLOPT.values()])
 
 
 @dataclass(frozen=True)
@@ -140,9 +167,13 @@ class LoaderError(RuntimeError):
     """A loader process died; the message says how to do without."""
 
 
+class CompileError(RuntimeError):
+    """``torch.compile`` does not work on this machine; the message says how to do without."""
+
+
 @contextlib.contextmanager
 def clear_failures(batch_size: int):
-    """Within it, running out of memory and losing a loader process raise errors that name the fix.
+    """Within it, running out of memory, losing a loader process and failing to compile raise errors that name the fix.
 
     Args:
         batch_size: in use when it happens.
@@ -150,10 +181,11 @@ def clear_failures(batch_size: int):
     Raises:
         OutOfMemoryError: instead of what torch raises on a CPU or a GPU.
         LoaderError: instead of the DataLoader's RuntimeError.
+        CompileError: instead of whatever ``torch.compile`` raises without a working C++ compiler or Triton.
     """
     try:
         yield
-    except (OutOfMemoryError, LoaderError):
+    except (OutOfMemoryError, LoaderError, CompileError):
         raise  # from an inner one
     except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         text = str(error)
@@ -168,6 +200,11 @@ def clear_failures(batch_size: int):
             raise LoaderError(
                 f"a loader process died ({reason}), often for lack of memory: resume, and if it dies again use fewer of "
                 "them, or the batched pipeline, which needs none"
+            ) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise CompileError(
+                f"torch.compile failed ({text.splitlines()[0]}): set compile to 'off', or install what it needs here (a "
+                "C++ compiler for a CPU, Triton for a GPU)"
             ) from error
         raise
 

@@ -1,6 +1,6 @@
 """How fast is it here? Our training beside the usual way's, on one machine in one run.
 
-    python -m benchmarks.speed              the table (about 6 minutes on 2 cores), and benchmarks/results/speed-*.json
+    python -m benchmarks.speed              the table (about 8 minutes on 2 cores), and benchmarks/results/speed-*.json
     python -m benchmarks.speed --scaling    time and memory against image count and batch size
     python -m benchmarks.speed --profile    what one pass of our training spends its time on
 

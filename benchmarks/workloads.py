@@ -27,6 +27,9 @@ from utils.engine import evaluate, make_criterion, start, train_epoch
 from utils.runtime import Precision, seed_everything
 
 MIB = 1 << 20
+# On a CPU, before each pass that counts. While a process waits for its turn, the memory it has freed goes elsewhere (from a
+# virtual machine even back to its host), and the usual way, which frees most of it every step, took three passes to settle.
+WARM_UP_PASSES = 3
 MANY_EPOCHS = 1000  # length of the LR cycle, more than are ever measured
 
 
@@ -171,7 +174,7 @@ _first_seconds: float
 
 
 class Worker:
-    """A process that sets ``workload`` up and warms it with one pass; ``measure`` runs another.
+    """A process that sets ``workload`` up and runs a first pass; ``measure`` warms it up again and measures one pass.
 
     Use as a context manager.
     """
@@ -228,6 +231,9 @@ def _measure() -> Measurement:
     on_cuda = torch.device(_workload.device).type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
+    else:
+        for _ in range(WARM_UP_PASSES):
+            _pass()
     _synchronize()
     cpu_began, began = _cpu_seconds(), time.perf_counter()
     _pass()

@@ -167,7 +167,7 @@ def draw(section: Section) -> Figure:
     """
     rows = [row for row in section.rows if row.accuracies]
     with mpl.rc_context(plotting.STYLE):
-        figure, axis = plotting._figure(1.1 + 0.27 * len(rows))
+        figure, axis = plotting.new_figure(1.1 + 0.27 * len(rows))
         for position, row in enumerate(rows):
             is_recipe = row.variant == RECIPE.name
             color = plotting.ORANGE if is_recipe else plotting.BLUE

@@ -12,6 +12,7 @@ import socket
 import struct
 import tarfile
 import threading
+import urllib.request
 import zlib
 
 import numpy as np
@@ -80,6 +81,13 @@ def test_long_class_names_become_the_short_ones_in_the_official_order(image_fold
     dataset = load_dataset(image_folder)
     assert dataset.classes == CIFAR10_CLASSES
     np.testing.assert_array_equal(dataset.train_labels, toy.train_labels)
+
+
+def test_a_class_by_both_its_names_is_refused(image_folder):
+    (image_folder / "train" / "airplane").mkdir()
+    Image.new("RGB", (32, 32)).save(image_folder / "train" / "airplane" / "00060.png")
+    with pytest.raises(DatasetError, match="the classes airplane and plane, which are one class by two names: put"):
+        load_dataset(image_folder)
 
 
 def test_images_are_uint8_and_labels_int64_in_every_source(image_folder):
@@ -156,7 +164,7 @@ def test_images_are_decoded_once_and_then_come_from_the_cache(image_folder, deco
     assert [path.suffix for path in (project_root / "data").iterdir()] == [".npz"]  # nothing partial beside it
 
 
-def test_a_changed_added_or_removed_image_is_decoded_anew(image_folder, decoded):
+def test_a_changed_added_or_removed_image_is_decoded_anew(image_folder, decoded, project_root):
     load_dataset(image_folder)
     changed = sorted((image_folder / "train" / "cat").glob("*.png"))[0]
     Image.new("RGB", (32, 32), (1, 2, 3)).save(changed)
@@ -168,6 +176,14 @@ def test_a_changed_added_or_removed_image_is_decoded_anew(image_folder, decoded)
     assert len(load_dataset(image_folder).train_labels) == 61
     changed.unlink()
     assert len(load_dataset(image_folder).train_labels) == 60
+    assert len(list((project_root / "data").iterdir())) == 1  # caches of what the folder once held are gone
+
+
+def test_folders_keep_a_cache_each(image_folder, decoded, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "other")
+    for folder in (image_folder, tmp_path / "other", image_folder):
+        load_dataset(folder)
+    assert len(decoded) == 180
 
 
 @pytest.mark.parametrize("damage", ["flipped bytes", "cut short", "emptied", "another shape"])
@@ -559,6 +575,21 @@ def test_a_damaged_official_batch_is_noticed_by_its_checksum(archive, tmp_path, 
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(DatasetError, match=f"{BATCHES} is damaged or incomplete .*delete that folder and run again"):
         load_dataset(download_folder)
+
+
+def test_behind_a_proxy_the_proxy_is_asked(host, archive, tmp_path, monkeypatch):
+    url = "http://archive.invalid/cifar.tar.gz"  # a name that no resolver knows
+    host.files[url] = archive.content
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("http_proxy", f"127.0.0.1:{host.server.server_port}")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib reads the variables once a process
+    download(tmp_path / "data", (url,), archive.md5)
+    assert host.requests == [url]
+    assert (tmp_path / "data" / BATCHES).is_dir()
+    monkeypatch.setenv("no_proxy", "archive.invalid")
+    with pytest.raises(OfflineError):
+        download(tmp_path / "data", (url,), archive.md5)
 
 
 # --- no network -----------------------------------------------------------------------------------------------------

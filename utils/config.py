@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 PROFILES = ("full", "quick")
@@ -74,6 +75,14 @@ class Config:
             if not ok:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: {reason}")
 
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type.removesuffix(" | None")
+            if value is None and field.type.endswith("None"):
+                continue
+            if kind == "int":
+                require(type(value) is int, field.name, "it must be a whole number")
+            elif kind == "float":
+                require(type(value) in (int, float) and math.isfinite(value), field.name, "it must be a finite number")
         require(self.profile in PROFILES, "profile", f"choose one of {', '.join(PROFILES)}")
         require(self.batch_size >= 1, "batch_size", "it must be at least 1; the recipe uses 512")
         require(self.eval_batch_size >= 1, "eval_batch_size", "it must be at least 1")

@@ -255,6 +255,13 @@ def _load_image_folder(folder: Path) -> ImageDataset:
         )
     if len(long_names) < 2:
         raise DatasetError(f"{folder / 'train'} has only the class {long_names[0]!r}: a classifier needs two or more")
+    classes = tuple(_LONG_NAMES.get(name, name) for name in long_names)
+    twice = sorted({name for name in classes if classes.count(name) > 1})
+    if twice:
+        both = " and ".join(name for name in long_names if _LONG_NAMES.get(name, name) == twice[0])
+        raise DatasetError(
+            f"{folder / 'train'} has the classes {both}, which are one class by two names: put their images into one folder"
+        )
     label_of = {name: label for label, name in enumerate(long_names)}
 
     arrays = _decode_cached(folder, listings)
@@ -266,7 +273,7 @@ def _load_image_folder(folder: Path) -> ImageDataset:
         train_labels=labels["train"],
         test_images=arrays["test"],
         test_labels=labels["test"],
-        classes=tuple(_LONG_NAMES.get(name, name) for name in long_names),
+        classes=classes,
         source="image-folder",
         description="",
     )
@@ -298,15 +305,16 @@ def _list_images(folder: Path) -> list[tuple[str, Path]]:
 def _decode_cached(folder: Path, listings: dict[str, list[tuple[str, Path]]]) -> dict[str, np.ndarray]:
     """The pixels of all images; decoded once, then read from ``data/``.
 
-    The cache's name is a digest of every file's path, size and modification time, so a changed, added or removed file
-    is noticed and decoded anew.
+    The cache's name is a digest of the folder's path, and one of every file's path, size and modification time. So a
+    changed, added or removed file is noticed and all are decoded anew, into a cache that replaces the folder's old one.
     """
-    digest = hashlib.sha256(str(folder.resolve()).encode())
+    of_folder = f"decoded-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256()
     for listing in listings.values():
         for _, path in listing:
             stat = path.stat()
             digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    cache = PROJECT_ROOT / "data" / f"decoded-{digest.hexdigest()[:16]}.npz"
+    cache = PROJECT_ROOT / "data" / f"{of_folder}-{digest.hexdigest()[:16]}.npz"
     if cache.is_file():
         try:
             with np.load(cache, allow_pickle=False) as stored:
@@ -329,6 +337,9 @@ def _decode_cached(folder: Path, listings: dict[str, list[tuple[str, Path]]]) ->
     arrays = {"train": np.stack(decoded[:split_at]), "test": np.stack(decoded[split_at:])}
     try:
         _save_atomically(cache, arrays)
+        for old in cache.parent.glob(f"{of_folder}-*.npz"):
+            if old != cache:
+                old.unlink()
     except OSError as error:
         warnings.warn(
             f"the decoded images could not be kept in {cache.parent} ({error}); next time takes as long", stacklevel=2
@@ -421,7 +432,7 @@ def download(folder: str | os.PathLike, urls: tuple[str, ...] = ARCHIVE_URLS, md
 
 
 def _reachable(urls: tuple[str, ...]) -> list[str]:
-    """The URLs whose host accepts a connection, in the given order.
+    """The URLs whose host, or whose proxy where the environment names one, accepts a connection, in the given order.
 
     All are asked at once, in threads: looking a name up has no time limit of its own, and a learner without a network
     should not wait for it.
@@ -429,7 +440,7 @@ def _reachable(urls: tuple[str, ...]) -> list[str]:
     answered = {}
 
     def knock(url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
+        parts = _proxy_of(urllib.parse.urlsplit(url))
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
         try:
             if parts.scheme != "file":
@@ -444,6 +455,14 @@ def _reachable(urls: tuple[str, ...]) -> list[str]:
     for thread in threads:
         thread.join(OFFLINE_AFTER_SECONDS / len(threads))
     return [url for url in urls if answered.get(url)]
+
+
+def _proxy_of(url: urllib.parse.SplitResult) -> urllib.parse.SplitResult:
+    """Whom urllib connects to for ``url``: the proxy that $http_proxy or $https_proxy names, else its own host."""
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if not proxy or urllib.request.proxy_bypass(url.netloc):
+        return url
+    return urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
 
 
 def _fetch(url: str, file) -> str:

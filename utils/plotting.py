@@ -41,8 +41,16 @@ WIDTH = 8.5  # inches; at 150 dpi a little more than a README is wide
 DPI = 150
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, **options):
-    """A Figure outside pyplot's registry, so that notebooks show it once and nothing piles up in memory."""
+def new_figure(height: float, rows: int = 1, columns: int = 1, **options):
+    """A Figure outside pyplot's registry, so that notebooks show it once and nothing piles up in memory.
+
+    Args:
+        height: in inches; the width is ``WIDTH``.
+        rows, columns, **options: as for ``Figure.subplots``.
+
+    Returns:
+        ``(figure, axes)``, as from ``pyplot.subplots``.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
         axes = figure.subplots(rows, columns, **options)
@@ -78,7 +86,7 @@ def image_grid(pictures: np.ndarray, titles: Sequence[str], title: str, columns:
     """
     rows = -(-len(pictures) // columns)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.4 + 1.06 * rows * 10 / columns, rows, columns, squeeze=False)
+        figure, axes = new_figure(0.4 + 1.06 * rows * 10 / columns, rows, columns, squeeze=False)
         for axis in axes.flat:
             axis.set_axis_off()
         for axis, picture, word in zip(axes.flat, pictures, titles):
@@ -99,7 +107,7 @@ def augmentation_grid(originals: np.ndarray, augmented: np.ndarray, names: Seque
     """
     versions, count = augmented.shape[:2]
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.5 + 1.0 * (versions + 1) * 8 / count, versions + 1, count, squeeze=False)
+        figure, axes = new_figure(0.5 + 1.0 * (versions + 1) * 8 / count, versions + 1, count, squeeze=False)
         for column in range(count):
             _show_picture(axes[0, column], originals[column], names[column])
             for row in range(versions):
@@ -114,7 +122,7 @@ def augmentation_grid(originals: np.ndarray, augmented: np.ndarray, names: Seque
 def step_by_step(stages: Sequence[tuple[str, np.ndarray]], title: str) -> Figure:
     """What each augmentation step does to one picture: ``stages`` are (name, (H, W, 3) uint8), in order."""
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(1.9, 1, len(stages), squeeze=False)
+        figure, axes = new_figure(1.9, 1, len(stages), squeeze=False)
         for axis, (name, picture) in zip(axes[0], stages):
             _show_picture(axis, picture, f"{name}\n{picture.shape[0]}×{picture.shape[1]}")
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
@@ -137,7 +145,7 @@ def lr_range_test(
         lr_min, lr_max: the range in use.
     """
     with mpl.rc_context(STYLE):
-        figure, axis = _figure(4.2)
+        figure, axis = new_figure(4.2)
         axis.axvspan(lr_min, lr_max, color=BLUE, alpha=0.10, lw=0)
         axis.plot(lrs, losses, color=GREY, lw=0.8, alpha=0.7, label="loss of each batch")
         axis.plot(lrs, smoothed, color=BLUE, label="smoothed")
@@ -186,7 +194,7 @@ def one_cycle(
     """
     epoch = (np.arange(len(lrs)) + 1) * epochs / len(lrs)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(
+        figure, axes = new_figure(
             3.6 if beta1s is None else 4.8,
             1 if beta1s is None else 2,
             squeeze=False,
@@ -248,7 +256,7 @@ def training_curves(
     """
     epochs = np.arange(1, len(train_loss) + 1)
     with mpl.rc_context(STYLE):
-        figure, (left, right) = _figure(3.7, 1, 2)
+        figure, (left, right) = new_figure(3.7, 1, 2)
         for axis, train, test, name in (
             (left, train_loss, test_loss, "Cross-entropy"),
             (right, train_accuracy, test_accuracy, "Accuracy"),
@@ -307,7 +315,7 @@ def misclassified(
     count = len(pictures)
     rows = max(1, -(-count // columns))
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.5 + 1.95 * rows if count else 1.5, rows, columns, squeeze=False)
+        figure, axes = new_figure(0.5 + 1.95 * rows if count else 1.5, rows, columns, squeeze=False)
         for axis in axes.flat:
             axis.set_axis_off()
         for axis, picture, wrong, right, p_wrong, p_right in zip(
@@ -334,7 +342,7 @@ def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     diagonal = np.eye(len(matrix), dtype=bool)
     labels = np.array([[f"{value:.1f}" if value >= 0.05 else "" for value in row] for row in percent])
     with mpl.rc_context(STYLE):
-        figure, axis = _figure(6.6)
+        figure, axis = new_figure(6.6)
         sns.heatmap(
             np.where(diagonal, np.nan, percent),
             annot=False,
@@ -380,7 +388,7 @@ def class_accuracy(accuracies: np.ndarray, classes: Sequence[str], mean: float) 
     """
     order = np.argsort(np.nan_to_num(accuracies, nan=-1.0), kind="stable")
     with mpl.rc_context(STYLE):
-        figure, axis = _figure(3.9)
+        figure, axis = new_figure(3.9)
         values = np.nan_to_num(accuracies[order])
         axis.barh(np.arange(len(order)), values, color=[BLUE if v >= mean else ORANGE for v in values], height=0.72)
         for position, value in enumerate(values):
@@ -423,7 +431,7 @@ def gradient_norms(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
         panels: by panel title, by curve name, (blocks + 1,) norms; a curve whose name holds "skip" is drawn in blue.
     """
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(3.5, 1, len(panels), squeeze=False)
+        figure, axes = new_figure(3.5, 1, len(panels), squeeze=False)
         for axis, (title, curves) in zip(axes[0], panels.items()):
             for name, norms in curves.items():
                 color = BLUE if "skip" in name else ORANGE
@@ -447,7 +455,7 @@ def block_diagram(stages: Sequence[tuple[str, str, str, bool]]) -> Figure:
         stages: (name, what is inside, output shape, has a residual block), input first.
     """
     with mpl.rc_context(STYLE):
-        figure, axis = _figure(2.9)
+        figure, axis = new_figure(2.9)
         axis.set_axis_off()
         axis.set_xlim(-0.55, len(stages) - 0.45)
         axis.set_ylim(-1.25, 1.35)
@@ -507,7 +515,7 @@ def activation_maps(
         title: over the whole.
     """
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(2.75 * 8 / len(pictures), 2, len(pictures), squeeze=False)
+        figure, axes = new_figure(2.75 * 8 / len(pictures), 2, len(pictures), squeeze=False)
         for column, (picture, evidence, word, color) in enumerate(zip(pictures, maps, titles, colors)):
             _show_picture(axes[0, column], picture, word, color)
             _show_picture(axes[1, column], picture)

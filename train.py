@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--profile",
         choices=configs.PROFILES,
         default=auto,
-        help="full: all images, 24 epochs (about 80 min on a 2-core CPU with bf16, seconds on a modern GPU); "
+        help="full: all images, 24 epochs (about 75 min on a 2-core CPU with bf16); "
         f"quick: a few minutes on a CPU, its accuracy means nothing (default here: {auto})",
     )
 

@@ -3,7 +3,7 @@
     python -m experiments tune                 what each setting does, on 5,000 held-out train images, never on test
     python -m experiments seeds --publish      the recipe on all train images, fresh seeds; Results/ from the first one
     python -m experiments ablations            the recipe without one of its parts at a time, at least 3 seeds each
-    python -m experiments all                  the three in that order, in 25 minutes on a data-centre GPU
+    python -m experiments all                  the three in that order: a job for a GPU
     python -m experiments table                table and figures again, from the log alone
 
 ``--small`` does the same with a hundred images, to try the commands on a CPU; its accuracies mean nothing.

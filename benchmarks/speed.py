@@ -24,7 +24,7 @@ from statistics import median
 import torch
 
 from benchmarks.scaling import measure_scaling, plot_scaling
-from benchmarks.workloads import MIB, Measurement, Worker, Workload, count_flop, measure
+from benchmarks.workloads import MIB, WARM_UP_PASSES, Measurement, Worker, Workload, count_flop, measure
 from utils.config import COMPILE_MODES, Config
 from utils.report import replace_block
 from utils.runtime import PROJECT_ROOT, code_commit, device_name, pick_device, pick_precision, versions
@@ -186,6 +186,7 @@ def describe_machine(args: argparse.Namespace, device: torch.device) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions() | packages,
         "commit": code_commit(),
+        "warm_up_passes": WARM_UP_PASSES[device.type],
         "quick": args.quick,
     }
 
@@ -234,8 +235,9 @@ def markdown_table(stored: dict) -> str:
     )
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"Measured alone on {machine['device']}, {machine['loader_processes']} loader processes; batch {rows[0]['batch_size']}, median of {rows[0]['repeats']} interleaved repeats with their range; "
-        f"matrix products run at {matmul} there (a share above 100%: convolutions outrun them). {packages}.",
+        f"Measured alone on {machine['device']}, {machine['loader_processes']} loader processes; batch "
+        f"{rows[0]['batch_size']}, median of {rows[0]['repeats']} interleaved repeats with their range, each after "
+        f"{machine['warm_up_passes']} passes to warm up; matrix products run at {matmul} there (a share above 100%: convolutions outrun them). {packages}.",
         "",
         "| | images / s | of the matrix-product rate | peak memory | times the first row |",
         "| --- | ---: | ---: | ---: | ---: |",

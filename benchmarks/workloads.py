@@ -27,9 +27,10 @@ from utils.engine import evaluate, make_criterion, start, train_epoch
 from utils.runtime import Precision, seed_everything
 
 MIB = 1 << 20
-# On a CPU, before each pass that counts. While a process waits for its turn, the memory it has freed goes elsewhere (from a
-# virtual machine even back to its host), and the usual way, which frees most of it every step, took three passes to settle.
-WARM_UP_PASSES = 3
+# Before each pass that counts, by device type. While a process waits for its turn, the memory it has freed goes elsewhere
+# (from a virtual machine even back to its host), and the usual way, which frees most of it every step, took three passes to
+# settle. A GPU's memory stays with the process.
+WARM_UP_PASSES = {"cpu": 3, "cuda": 0}
 MANY_EPOCHS = 1000  # length of the LR cycle, more than are ever measured
 
 
@@ -69,7 +70,8 @@ class Workload:
 class Measurement:
     """One pass: wall time, CPU time of the process and its loader processes, and the peak memory so far.
 
-    ``first_seconds`` is the wall time of the process's first pass, in which torch.compile compiles. Memory is the GPU's allocations on CUDA, else the resident memory of the process (loader processes not counted).
+    ``first_seconds`` is the wall time of the process's first pass, in which torch.compile compiles. Memory is the GPU's
+    allocations on CUDA, else the resident memory of the process (loader processes not counted).
     """
 
     seconds: float
@@ -231,9 +233,8 @@ def _measure() -> Measurement:
     on_cuda = torch.device(_workload.device).type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    else:
-        for _ in range(WARM_UP_PASSES):
-            _pass()
+    for _ in range(WARM_UP_PASSES["cuda" if on_cuda else "cpu"]):
+        _pass()
     _synchronize()
     cpu_began, began = _cpu_seconds(), time.perf_counter()
     _pass()

@@ -260,7 +260,8 @@ def _load_image_folder(folder: Path) -> ImageDataset:
     if twice:
         both = " and ".join(name for name in long_names if _LONG_NAMES.get(name, name) == twice[0])
         raise DatasetError(
-            f"{folder / 'train'} has the classes {both}, which are one class by two names: put their images into one folder"
+            f"{folder / 'train'} has the classes {both}, which are one class by two names: put their images into one "
+            "folder"
         )
     label_of = {name: label for label, name in enumerate(long_names)}
 

@@ -203,8 +203,8 @@ def clear_failures(batch_size: int):
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise CompileError(
-                f"torch.compile failed ({text.splitlines()[0]}): set compile to 'off', or install what it needs here (a "
-                "C++ compiler for a CPU, Triton for a GPU)"
+                f"torch.compile failed ({text.splitlines()[0]}): set compile to 'off', or install what it needs here "
+                "(a C++ compiler for a CPU, Triton for a GPU)"
             ) from error
         raise
 

@@ -425,6 +425,8 @@ def test_the_loop_exchanges_no_value_with_the_device_at_every_step(toy, monkeypa
             nn.CrossEntropyLoss(),
             precision=FP32,
             scaler=state.scaler,
+            ema=state.ema,
+            ema_every=1,
         )
         return sorted(calls)
 

@@ -137,7 +137,7 @@ class WeightAverage(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float):
         super().__init__()
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = copy.deepcopy(model)
         self.decay = decay
         self.updates = 0
 

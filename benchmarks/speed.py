@@ -29,7 +29,9 @@ from utils.config import COMPILE_MODES, Config
 from utils.report import replace_block
 from utils.runtime import PROJECT_ROOT, code_commit, device_name, pick_device, pick_precision, versions
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # the processes that measure inherit it
+# The processes that measure inherit both. What an earlier run compiled must not shorten a first pass.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 EPOCH_IMAGES = 50_000  # CIFAR-10's train images: what "an epoch" is extrapolated to
 
 UNITS = {

@@ -239,7 +239,8 @@ def markdown_table(stored: dict) -> str:
     lines = [
         f"Measured alone on {machine['device']}, {machine['loader_processes']} loader processes; batch "
         f"{rows[0]['batch_size']}, median of {rows[0]['repeats']} interleaved repeats with their range, each after "
-        f"{machine['warm_up_passes']} passes to warm up; matrix products run at {matmul} there (a share above 100%: convolutions outrun them). {packages}.",
+        f"{machine['warm_up_passes']} passes to warm up; matrix products run at {matmul} there (a share above 100%: "
+        f"convolutions outrun them). {packages}.",
         "",
         "| | images / s | of the matrix-product rate | peak memory | times the first row |",
         "| --- | ---: | ---: | ---: | ---: |",

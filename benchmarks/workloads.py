@@ -230,10 +230,11 @@ def _synchronize() -> None:
 
 
 def _measure() -> Measurement:
-    on_cuda = torch.device(_workload.device).type == "cuda"
+    device_type = torch.device(_workload.device).type
+    on_cuda = device_type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP_PASSES["cuda" if on_cuda else "cpu"]):
+    for _ in range(WARM_UP_PASSES[device_type]):
         _pass()
     _synchronize()
     cpu_began, began = _cpu_seconds(), time.perf_counter()

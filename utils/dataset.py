@@ -255,14 +255,12 @@ def _load_image_folder(folder: Path) -> ImageDataset:
         )
     if len(long_names) < 2:
         raise DatasetError(f"{folder / 'train'} has only the class {long_names[0]!r}: a classifier needs two or more")
-    classes = tuple(_LONG_NAMES.get(name, name) for name in long_names)
-    twice = sorted({name for name in classes if classes.count(name) > 1})
-    if twice:
-        both = " and ".join(name for name in long_names if _LONG_NAMES.get(name, name) == twice[0])
-        raise DatasetError(
-            f"{folder / 'train'} has the classes {both}, which are one class by two names: put their images into one "
-            "folder"
-        )
+    for long_name, short_name in _LONG_NAMES.items():
+        if {long_name, short_name} <= set(long_names):
+            raise DatasetError(
+                f"{folder / 'train'} has the classes {long_name} and {short_name}, which are one class by two names: "
+                "put their images into one folder"
+            )
     label_of = {name: label for label, name in enumerate(long_names)}
 
     arrays = _decode_cached(folder, listings)
@@ -274,7 +272,7 @@ def _load_image_folder(folder: Path) -> ImageDataset:
         train_labels=labels["train"],
         test_images=arrays["test"],
         test_labels=labels["test"],
-        classes=classes,
+        classes=tuple(_LONG_NAMES.get(name, name) for name in long_names),
         source="image-folder",
         description="",
     )

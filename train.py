@@ -10,37 +10,19 @@ The notebook Session10.ipynb does the same, step by step, and explains it.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-import time
-import warnings
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 
-from models import CustomResNet
 from utils import config as configs
 from utils import runtime
-from utils.checkpoint import CheckpointError, RunFolder, RunLockedError, run_folder_from_environment
-from utils.dataset import DatasetError, ImageDataset, load_dataset, make_loaders
-from utils.engine import NonFiniteLossError, TrainState, find_range, fit, start
-from utils.lr_finder import LRRange, LRRangeError
-from utils.report import (
-    build_metrics,
-    close_history,
-    duration,
-    final_test,
-    make_figures,
-    results_folder,
-    run_record,
-    write_results,
-)
-from utils.runtime import Precision
-
-EXIT_FAILED = 1  # the run could not be finished; the message says why and what is kept
-EXIT_USAGE = 2  # a wrong setting, as argparse has it
-EXIT_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
+from utils.dataset import load_dataset
+from utils.runs import report
+from utils.runs.door import run_door
+from utils.runs.job import Job
+from utils.runtime import say
 
 EPILOG = """\
 examples:
@@ -49,15 +31,12 @@ examples:
   python train.py --profile full --resume     go on after Ctrl-C, kill -9 or a lost machine
   python train.py --lr-min 5e-4 --lr-max 6e-3 a cycle of your own, without a range test
 
-Every epoch ends with a checkpoint in the run folder, and the one before it is kept. Where $S10_RUN_DIR names a folder,
-such as one on a mounted Google Drive, each checkpoint is copied there too, and fetched from there on a new machine.
+Every epoch ends with a checkpoint in the run folder, and the one before it is kept; on a GPU, whose epochs take seconds,
+one is written every 10 seconds. Where $S10_RUN_DIR names a folder, such as one on a mounted Google Drive, each checkpoint
+is copied there too, and fetched from there on a new machine.
 
 exit codes: 0 done, 1 failed (the message says what is kept), 2 wrong settings, 130 Ctrl-C, 143 SIGTERM
 """
-
-
-class ResultsError(RuntimeError):
-    """The run is trained and tested, but its results could not be written."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--profile",
         choices=configs.PROFILES,
         default=auto,
-        help="full: all images, 24 epochs (about 75 min on a 2-core CPU with bf16); "
-        f"quick: a few minutes on a CPU, its accuracy means nothing (default here: {auto})",
+        help="full: all images, 24 epochs (an hour or more on a 2-core CPU with bf16, a night without); "
+        f"quick: some minutes on a CPU, its accuracy means nothing (default here: {auto})",
     )
 
     run = parser.add_argument_group("the run")
@@ -87,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--deterministic",
         action="store_true",
-        help="bit-identical reruns on a GPU, at a cost in speed not measured yet (a CPU has them anyway, at none)",
+        help="bit-identical reruns on a GPU, at some cost in speed (a CPU has them anyway, at none)",
     )
 
     data = parser.add_argument_group("data")
@@ -98,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--test-images", type=int, help="likewise of the test set (default: all; quick: 1,000)")
     data.add_argument(
         "--pipeline",
-        choices=("batched", "albumentations"),
+        choices=choices("pipeline"),
         help="augment whole batches on the device (default), or image by image in loader processes",
     )
     data.add_argument("--num-workers", type=int, help="loader processes of the albumentations pipeline (default: 2)")
@@ -109,20 +88,41 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch-size", type=int, help="images a step (default: 512; quick: 64)")
     recipe.add_argument("--lr-min", type=float, help="with --lr-max: skip the range test (default: found by it)")
     recipe.add_argument("--lr-max", type=float, help="with --lr-min: the LR at the peak")
+    recipe.add_argument("--lr-rule", choices=choices("lr_rule"), help="how LRMIN and LRMAX are read off the range test")
+    recipe.add_argument("--range-test-start", type=float, help="LR at which the range test begins (default: 1e-6)")
+    recipe.add_argument("--range-test-end", type=float, help="LR at which it ends (default: 1)")
     recipe.add_argument("--range-test-steps", type=int, help="batches of the LR range test (default: 100; quick: 80)")
+    recipe.add_argument("--width", type=int, help="channels of the first layer (default: 64; 32 halves the network)")
+    recipe.add_argument("--eval-every", type=int, help="test after every so many epochs (default: 1)")
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     machine.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto, the fastest that is sound here"
+        "--precision", choices=choices("precision"), help="default: auto, the fastest that is sound here"
     )
     machine.add_argument(
         "--compile",
-        choices=configs.COMPILE_MODES,
-        help="torch.compile's mode; reduce-overhead uses CUDA graphs (default: off; see the README's speed table)",
+        choices=choices("compile"),
+        help="torch.compile's mode; reduce-overhead and max-autotune use CUDA graphs (default: off; a T4 cannot compile "
+        "for its GPU, and on a CPU it gains nothing)",
     )
-    machine.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    machine.add_argument(
+        "--packed",
+        choices=choices("packed"),
+        help="small maps side by side in the convolutions (default: auto, on where a CPU has bf16 matrix units)",
+    )
+    machine.add_argument(
+        "--threads",
+        type=int,
+        help="CPU threads (default: all cores). Two processes with two threads each on two cores slow each other down "
+        "ten times: give each of them --threads 1",
+    )
     return parser
+
+
+def choices(setting: str) -> tuple[str, ...]:
+    """What ``Config`` accepts for one of its settings."""
+    return get_args(get_type_hints(configs.Config)[setting])
 
 
 def make_config(args: argparse.Namespace) -> configs.Config:
@@ -136,165 +136,58 @@ def make_config(args: argparse.Namespace) -> configs.Config:
     return configs.from_profile(args.profile, **changes)
 
 
-def run(
-    args: argparse.Namespace, config: configs.Config, device: torch.device, precision: Precision, folder: RunFolder
-) -> None:
-    """The whole job, in a locked ``folder``. Raises one of the errors that ``main`` turns into a message."""
-    if folder.holds_checkpoint and not args.resume:
-        raise CheckpointError(
-            f"{folder.path} already holds a run: add --resume to go on with it, or choose another --run-dir"
-        )
-    dataset = load_dataset(args.data_dir).subset(config.train_images, config.test_images)
-    print(f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images")
-    fingerprint = dataset.fingerprint()
-
-    runtime.seed_everything(config.seed, config.deterministic)
-    with settings_errors():
-        train_loader, test_loader = make_loaders(dataset, config, device, precision.dtype)
-        model = CustomResNet(len(dataset.classes), config.dropout, config.logit_scale)
-    model = model.to(device, memory_format=torch.channels_last)
-
-    record = folder.read_record(config, fingerprint)
-    if record is None:
-        began = time.perf_counter()
-        lr_range = find_range(model, train_loader, config, precision)
-        record = run_record(config, lr_range, time.perf_counter() - began, dataset, precision)
-        folder.write_record(record)
-    lr_range = LRRange.from_dict(record["lr_range"])
-    print(f"one cycle: LRMIN {lr_range.lr_min:.2e}, LRMAX {lr_range.lr_max:.2e} (rule {lr_range.rule})")
-
-    with settings_errors():
-        state = start(model, config, lr_range.lr_min, lr_range.lr_max, len(train_loader), precision)
-    if folder.load(state, config, fingerprint):
-        print(f"resuming after epoch {state.history.epochs} of {config.epochs}")
-        report_move(record, precision)
-    elif args.resume:
-        print(f"nothing to resume in {folder.path}: starting with epoch 1")
-    fit(
-        state,
-        train_loader,
-        test_loader,
-        config,
-        precision=precision,
-        after_epoch=lambda state: folder.save(state, config, fingerprint),
-    )
-    try:
-        finish(args, config, record, state, dataset, device, folder)
-    except (OSError, ValueError) as error:
-        raise ResultsError(
-            f"the results could not be written: {error}. All {config.epochs} epochs are kept in {folder.checkpoint}: "
-            "mend this, then run the same command with --resume, and only the test and the results are made again"
-        ) from error
-
-
-def report_move(record: dict, precision: Precision) -> None:
-    """Say so when the run began elsewhere: it goes on correctly, but no longer bit for bit."""
-    here = (runtime.device_name(precision.device), precision.name, f"torch {runtime.versions()['torch']}")
-    there = (record["device"], record["precision"], f"torch {record['versions']['torch']}")
-    moved = [f"{old} then, {new} now" for old, new in zip(there, here) if old != new]
-    if moved:
-        print(
-            f"the run began elsewhere ({'; '.join(moved)}): its end is as good, but not bit-identical to staying there"
-        )
-
-
-def finish(
-    args: argparse.Namespace,
-    config: configs.Config,
-    record: dict,
-    state: TrainState,
-    dataset: ImageDataset,
-    device: torch.device,
-    folder: RunFolder,
-) -> None:
-    """The final test, the figures, the files, and the one line that sums up."""
-    plain, mirrored = final_test(state.tested_model, dataset, device)
-    close_history(state.history, plain)
-    metrics = build_metrics(record, config, state.history, plain, mirrored, dataset.classes)
-    results = results_folder(config, dataset, folder.path) if args.publish else folder.path
-    figures = make_figures(dataset, config, LRRange.from_dict(record["lr_range"]), state.history, plain)
-    write_results(results, metrics, state.tested_model, figures, note=args.note)
-    print(
-        f"done: test accuracy {plain.accuracy:.2f}% ({mirrored.accuracy:.2f}% with flip TTA) after "
-        f"{state.history.epochs} epochs in {duration(metrics['wall_seconds'])}; results in {results}"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
     args = make_parser().parse_args(argv)
-    with warnings.catch_warnings(), sigterm_like_ctrl_c():
-        warnings.showwarning = lambda message, *_: print(f"train.py: warning: {message}", file=sys.stderr)
-        try:
-            with settings_errors():
-                config = make_config(args)
-                device = runtime.pick_device(args.device)
-                precision = runtime.pick_precision(config.precision, device)
-                if args.threads is not None:
-                    runtime.set_threads(args.threads)
-        except configs.ConfigError as error:
-            return fail(error, EXIT_USAGE)
+    job: Job | None = None
 
-        print(f"{config.profile} profile, seed {config.seed}, {precision.name} on {runtime.device_name(device)}")
-        folder = run_folder_from_environment(
-            args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"
-        )
-        try:
-            with runtime.clear_failures(config.batch_size), folder:
-                run(args, config, device, precision, folder)
-        except KeyboardInterrupt as interrupt:
-            number = interrupt.args[0] if interrupt.args else signal.SIGINT
-            how = (
-                "add --resume to the same command to go on" if folder.holds_checkpoint else "run the same command again"
-            )
-            return fail(f"interrupted; {kept(folder, config)}: {how}", EXIT_SIGNAL + number)
-        except configs.ConfigError as error:
-            return fail(error, EXIT_USAGE)
-        except NonFiniteLossError as error:
-            advice = "lower LRs are set with --lr-min and --lr-max, in another --run-dir"
-            return fail(f"{error}; {kept(folder, config)}; {advice}", EXIT_FAILED)
-        except (runtime.OutOfMemoryError, runtime.LoaderError, runtime.CompileError) as error:
-            return fail(f"{error}; {kept(folder, config)}", EXIT_FAILED)
-        except (DatasetError, CheckpointError, RunLockedError, LRRangeError, ResultsError, OSError) as error:
-            return fail(error, EXIT_FAILED)
-    return 0
+    def train() -> None:
+        nonlocal job
+        config = make_config(args)
+        device = runtime.pick_device(args.device)
+        if args.threads is not None:
+            runtime.set_threads(args.threads)
+        precision = runtime.pick_precision(config.precision, device)
+        say(f"{config.profile} profile, seed {config.seed}, {precision.name} on {runtime.device_name(device)}")
+        dataset = load_dataset(args.data_dir).subset(config.train_images, config.test_images)
+        say(f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images")
+        if args.publish:
+            report.check_publishable(config, dataset)
+        run_dir = args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"
+        job = Job(config, dataset, run_dir, device=device, resume=args.resume)
+        with job:
+            run(job, args)
+
+    def kept() -> str:
+        if job is None:
+            return ""
+        go_on = "add --resume to the same command to go on" if job.folder.holds_checkpoint else "run it again"
+        return f"{job.kept()}: {go_on}"
+
+    return run_door("train.py", train, kept)
 
 
-def fail(message: object, code: int) -> int:
-    print(f"train.py: {message}", file=sys.stderr)
-    return code
-
-
-def kept(folder: RunFolder, config: configs.Config) -> str:
-    """What a run that ends early leaves behind."""
-    if folder.saved_epochs:
-        return f"{folder.saved_epochs} of {config.epochs} epochs are kept in {folder.path}"
-    if folder.holds_checkpoint:
-        return f"the checkpoint in {folder.path} is as it was"
-    return "no epoch was finished yet"
-
-
-@contextlib.contextmanager
-def settings_errors():
-    """Within it, a ValueError is a wrong setting."""
-    try:
-        yield
-    except ValueError as error:
-        raise configs.ConfigError(str(error)) from error
-
-
-@contextlib.contextmanager
-def sigterm_like_ctrl_c():
-    """Within it, SIGTERM (a shutdown, a cluster's time limit) ends the run as Ctrl-C does."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def run(job: Job, args: argparse.Namespace) -> None:
+    """The whole job, with a line on each of its steps."""
+    if args.resume and not job.folder.holds_checkpoint:
+        say(f"nothing to resume in {job.folder.path}: starting with epoch 1")
+    found = job.find_range()
+    if job.resumed_epochs:
+        say(f"resuming after epoch {job.resumed_epochs} of {job.config.epochs}")
+    say(f"one cycle: LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e} (rule {found.rule})")
+    job.fit()
+    results = job.finish(args.note)
+    where = job.folder.path
+    if args.publish:
+        report.publish(job.folder.path)
+        where = report.RESULTS
+    plain, mirrored = results.plain.accuracy, results.mirrored.accuracy
+    say(
+        f"done: test accuracy {plain:.2f}% ({mirrored:.2f}% with flip TTA) after {job.config.epochs} epochs in "
+        f"{report.duration(results.metrics['wall_seconds'])}; results in {where}"
+    )
+    if job.folder.mirror_is_stale:
+        say(f"the copy in {job.folder.mirror} is not up to date: see the warning above")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The LR range test (Smith, 2015, https://arxiv.org/abs/1506.01186): raise the LR a little every batch, watch the loss.
 
-torch-lr-finder runs the sweep; this module reads the curve. Four named suggestions are taken from it, all shown side
+torch-lr-finder runs the sweep; this module reads the curve. Named suggestions are taken from it, all shown side
 by side, and a stated pair of them gives the cycle its two ends:
 
     rule "steepest-minimum":  LRMIN = where the loss falls fastest,  LRMAX = where it stops falling.
@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import math
-import random
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from utils.runtime import Precision
+from utils.config import Config
+from utils.engine import TrainState, make_criterion, make_optimizer, train_step
+from utils.runtime import Precision, Session10Error, keep_freed_memory, rng_states, set_rng_states
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm announces that its notebook detection is experimental
@@ -33,12 +34,14 @@ RULES = {
     "steepest-minimum": ("steepest", "minimum"),
     "valley-minimum": ("valley", "minimum"),
     "tenth-minimum": ("minimum/10", "minimum"),
+    "onset-minimum": ("onset", "minimum"),
 }
+ONSET = 0.05  # the share of the whole fall at which the loss counts as having begun to fall
 SMOOTHING_WINDOW = 7  # sweep steps averaged around each point before any rule looks at the curve
 DIVERGED = 3.0  # the sweep stops once the loss is this many times what it began with
 
 
-class LRRangeError(RuntimeError):
+class LRRangeError(Session10Error):
     """The curve has no answer; the message says why, and which setting to change."""
 
 
@@ -116,6 +119,42 @@ def find_lr(
     return read_curve(lrs, losses, rule)
 
 
+def find_range(model: nn.Module, train_loader: Iterable, config: Config, precision: Precision) -> LRRange:
+    """Both ends of the cycle: those that ``config`` gives, else what the range test finds with its settings.
+
+    Args:
+        model: on ``precision.device``; it is not changed.
+        train_loader: see ``find_lr``.
+        config: the optimizer's, the loss's and the range test's settings; its two factors scale what the rule reads.
+        precision: as in training.
+
+    Raises:
+        LRRangeError: the curve has no answer, or the factors turn the range around.
+    """
+    if precision.device.type == "cpu":
+        keep_freed_memory()
+    if config.lr_min is not None:
+        return LRRange.given(config.lr_min, config.lr_max)
+    found = find_lr(
+        model,
+        train_loader,
+        make_optimizer(model, config),
+        make_criterion(config),
+        precision=precision,
+        start=config.range_test_start,
+        end=config.range_test_end,
+        steps=config.range_test_steps,
+        rule=config.lr_rule,
+    )
+    low, high = config.lr_min_factor * found.lr_min, config.lr_max_factor * found.lr_max
+    if not low < high:
+        raise LRRangeError(
+            f"lr_min_factor {config.lr_min_factor} and lr_max_factor {config.lr_max_factor} put LRMIN at {low:.1e} and "
+            f"LRMAX at {high:.1e}: choose factors that leave LRMIN below LRMAX"
+        )
+    return dataclasses.replace(found, lr_min=low, lr_max=high)
+
+
 def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "steepest-minimum") -> LRRange:
     """Apply the rules to a finished sweep.
 
@@ -149,6 +188,7 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "steepest-minimu
             "raise range_test_end"
         )
     suggestions = {
+        "onset": float(lrs[_onset(smoothed, start_loss, lowest)]),
         "steepest": float(lrs[_steepest(lrs, smoothed, lowest)]),
         "valley": float(lrs[_valley(smoothed)]),
         "minimum/10": float(lrs[lowest] / 10),
@@ -167,6 +207,16 @@ def smooth(losses: np.ndarray, window: int = SMOOTHING_WINDOW) -> np.ndarray:
     """Centred moving average, (S,) -> (S,); the ends average what there is. Centred: it does not shift the curve."""
     kernel = np.ones(window)
     return np.convolve(losses, kernel, "same") / np.convolve(np.ones_like(losses), kernel, "same")
+
+
+def _onset(smoothed: np.ndarray, start_loss: float, lowest: int) -> int:
+    """The first point from which the loss stays below its beginning by ``ONSET`` of its whole fall.
+
+    Smith's base LR (2015, section 3.3): the LR at which the accuracy begins to rise.
+    """
+    level = start_loss - ONSET * (start_loss - smoothed[lowest])
+    above = np.flatnonzero(smoothed[: lowest + 1] > level)
+    return int(above[-1]) + 1 if len(above) else 0
 
 
 def _steepest(lrs: np.ndarray, smoothed: np.ndarray, lowest: int) -> int:
@@ -198,28 +248,21 @@ class _BatchIterator(TrainDataLoaderIter):
 class _Sweep(LRFinder):
     """torch-lr-finder's loop around our training step, keeping the LR that each step was really taken with."""
 
-    def __init__(self, *args, precision: Precision):
-        super().__init__(*args, device=precision.device)
-        self.precision = precision
-        self.scaler = precision.grad_scaler()
+    def __init__(self, state: TrainState):
+        super().__init__(state.model, state.optimizer, state.criterion, device=state.precision.device)
+        self.state = state
         self.lrs: list[float] = []
         self.losses: list[float] = []
 
     def _train_batch(self, train_iter, accumulation_steps, non_blocking_transfer=True) -> float:
         self.model.train()
-        images, labels = (batch.to(self.device) for batch in next(train_iter))
-        with self.precision.autocast():
-            logits = self.model(images)
-        loss = self.criterion(logits.float(), labels)
+        lr = self.state.lr
+        _, loss = train_step(self.state, *next(train_iter))
         value = loss.item()
         if not math.isfinite(value):
             return math.inf  # the library stops on any loss far above the best, but would step over a NaN for ever
-        self.lrs.append(float(self.optimizer.param_groups[0]["lr"]))
+        self.lrs.append(lr)
         self.losses.append(value)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         # The library stops at a multiple of the best loss it is told of. A small set is soon learned so well that single
         # batches exceed any multiple of that; so the best one told is the first.
         return max(value, self.losses[0])
@@ -230,26 +273,15 @@ def _sweep(model, loader, optimizer, criterion, precision, start, end, steps) ->
     model, optimizer = copy.deepcopy((model, optimizer))
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # left by a scheduler on the original; the library would refuse it
-    epoch = getattr(loader, "epoch", None)
+    epoch, states = getattr(loader, "epoch", None), rng_states()
     try:
-        with _restored_rng():
-            finder = _Sweep(model, optimizer, criterion, precision=precision)
-            with contextlib.redirect_stdout(io.StringIO()):  # it advertises its own plot; ours follows
-                finder.range_test(
-                    _BatchIterator(loader), start_lr=start, end_lr=end, num_iter=steps, smooth_f=0, diverge_th=DIVERGED
-                )
+        finder = _Sweep(TrainState(model, optimizer, criterion, precision, precision.grad_scaler()))
+        with contextlib.redirect_stdout(io.StringIO()):  # it advertises its own plot; ours follows
+            finder.range_test(
+                _BatchIterator(loader), start_lr=start, end_lr=end, num_iter=steps, smooth_f=0, diverge_th=DIVERGED
+            )
     finally:
+        set_rng_states(states)
         if epoch is not None:
             loader.epoch = epoch
     return np.array(finder.lrs), np.array(finder.losses)
-
-
-@contextlib.contextmanager
-def _restored_rng():
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():  # torch's CPU generator and those of all GPUs
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

@@ -1,4 +1,4 @@
-"""What the machine offers: seeds, device, precision, and the versions a result is quoted with."""
+"""What the machine offers: seeds, device, precision, whole files, and the versions a result is quoted with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,37 @@ import numpy as np
 import torch
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+MOST_THREADS = 1024  # more is a slip of the keyboard, and would abort the process
+
+
+class Session10Error(RuntimeError):
+    """Something that a user can mend: the message names the value or file, the reason and the fix."""
+
+
+class ConfigError(Session10Error):
+    """A setting that cannot work."""
+
+
+class OutOfMemoryError(Session10Error):
+    """A batch does not fit the device's memory; the message names a smaller one."""
+
+
+class LoaderError(Session10Error):
+    """A loader process died; the message says how to do without."""
+
+
+class CompileError(Session10Error):
+    """``torch.compile`` does not work on this machine; the message says how to do without."""
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python's, NumPy's and torch's global generators.
 
     On CPU the same seed and thread count then give bit-identical runs, at no cost. On CUDA that also takes
-    ``deterministic``, which swaps the fastest convolution algorithms for reproducible ones; what that costs there has
-    not been measured yet, for want of a GPU.
+    ``deterministic``, which swaps the fastest convolution algorithms for reproducible ones.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -37,24 +61,58 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(deterministic)
 
 
+def rng_states() -> dict:
+    """Python's, NumPy's and torch's generators as plain values and tensors; of the GPUs, the current one's."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_states(states: dict) -> None:
+    """Put ``rng_states()`` back; a GPU's is left out where there is none, now or then."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# --- device and precision ---------------------------------------------------------------------------------------------
+
+
 def pick_device(name: str = "auto") -> torch.device:
-    """The device to train on: ``"auto"`` is CUDA where there is one, else the CPU.
+    """The device to train on: ``"auto"`` is CUDA where there is one, then Apple's mps, else the CPU.
+
+    ``"cuda:1"`` becomes the current GPU, so that code that names none uses it.
 
     Raises:
-        ValueError: a device that torch does not know or this machine does not have.
+        ConfigError: a device that torch does not know or this machine does not have.
     """
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {name!r}: choose 'auto', 'cpu' or 'cuda'") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}: Session 10 runs on 'cpu' and 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch sees no GPU here: use --device cpu, or install a CUDA driver")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+        raise ConfigError(f"device is {name!r}: choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
+    if device.type not in has:
+        raise ConfigError(f"device is {name!r}: Session 10 runs on 'cpu', 'cuda' and 'mps'")
+    if not has[device.type]:
+        raise ConfigError(f"device is {name!r}, but torch sees no such GPU here: use --device cpu, or install a driver")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPU(s), counted from 0"
+            )
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 
@@ -62,10 +120,10 @@ def set_threads(count: int) -> None:
     """Compute with so many CPU threads; bit-identical runs need the same number.
 
     Raises:
-        ValueError: fewer than one.
+        ConfigError: fewer than one, or more than any machine has.
     """
-    if count < 1:
-        raise ValueError(f"threads is {count}: it must be at least 1")
+    if not 1 <= count <= MOST_THREADS:
+        raise ConfigError(f"threads is {count}: choose between 1 and {os.cpu_count()}, this machine's cores")
     torch.set_num_threads(count)
 
 
@@ -81,8 +139,8 @@ _MALLOPT = {
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees on the CPU, so that the next training step finds it there.
 
-    glibc hands large blocks back to the kernel, which then clears every page of them again in the next step: at batch
-    512 on 2 cores a bf16 step took 2.29 s so and 1.72 s with the memory kept. Numbers do not change; the peak
+    glibc hands large blocks back to the kernel, which then clears every page of them again in the next step. On 2 cores
+    with AVX512-BF16, keeping them took a bf16 step of batch 512 from 2.29 s to 1.72 s. Numbers do not change; the peak
     memory was 8% higher.
 
     Returns:
@@ -98,7 +156,7 @@ def keep_freed_memory() -> bool:
 class Precision:
     """How the forward pass computes: ``name`` is "fp32", "bf16" or "fp16" on ``device``.
 
-    Weights, optimizer state and the loss stay in float32; autocast lowers only the operations that stand it.
+    Weights, optimizer state and the loss stay in float32; autocast lowers only the operations that tolerate it.
     """
 
     name: str
@@ -118,26 +176,26 @@ class Precision:
 
 
 def pick_precision(name: str, device: torch.device) -> Precision:
-    """Resolve ``"auto"``: bf16 where the hardware really computes in it, else fp16 on a GPU and fp32 on a CPU.
+    """Resolve ``"auto"``: bf16 where the hardware really computes in it, else fp16 on CUDA and fp32 elsewhere.
 
     An Ampere or newer GPU has bf16; a T4 claims to but emulates it, so it gets fp16. A CPU has it with AVX512-BF16 or
     AMX, where it more than doubles the speed of the full model; elsewhere bf16 would be emulated and slower than fp32.
 
     Raises:
-        ValueError: fp16 asked for on a CPU, where autocast to it is not supported for training.
+        ConfigError: fp16 asked for on a CPU, where autocast to it is not supported for training.
     """
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         else:
-            name = "bf16" if _cpu_has_bf16() else "fp32"
+            name = "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
     if name == "fp16" and device.type == "cpu":
-        raise ValueError("precision is 'fp16' on a CPU: use 'fp32', or 'bf16' where the processor has it")
+        raise ConfigError("precision is 'fp16' on a CPU: use 'fp32', or 'bf16' where the processor has it")
     return Precision(name, device)
 
 
-def _cpu_has_bf16() -> bool:
-    """True where the processor multiplies bf16 in hardware, as listed by torch (x86 capabilities, Linux and Windows)."""
+def cpu_has_bf16() -> bool:
+    """True where torch lists bf16 matrix instructions (x86; a torch without such a list counts as without them)."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "amx_tile"))
 
@@ -146,33 +204,32 @@ def device_name(device: torch.device) -> str:
     """What the device is called, for logs: the GPU's name, or the processor's with the number of threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU of {platform.machine()}"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), name)
     return f"{name} CPU, {torch.get_num_threads()} threads"
 
 
-# What torch says when it runs out of memory on a GPU, in cuDNN or cuBLAS, and on the CPU.
-_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+# What torch says when it runs out of memory: on a GPU, in cuDNN or cuBLAS, on the CPU, in oneDNN, and in shared memory.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "not enough memory",
+    "can't allocate memory",
+    "could not create a primitive",
+)
+_SHARED_MEMORY = ("insufficient shared memory", "unable to allocate shared memory", "Bus error", "unable to mmap")
 _DEAD_WORKER = "DataLoader worker (pid"
 
 
-class OutOfMemoryError(RuntimeError):
-    """A batch does not fit the device's memory; the message names a smaller one."""
-
-
-class LoaderError(RuntimeError):
-    """A loader process died; the message says how to do without."""
-
-
-class CompileError(RuntimeError):
-    """``torch.compile`` does not work on this machine; the message says how to do without."""
-
-
 @contextlib.contextmanager
-def clear_failures(batch_size: int):
+def explain_failures(batch_size: int):
     """Within it, running out of memory, losing a loader process and failing to compile raise errors that name the fix.
 
     Args:
@@ -185,28 +242,99 @@ def clear_failures(batch_size: int):
     """
     try:
         yield
-    except (OutOfMemoryError, LoaderError, CompileError):
-        raise  # from an inner one
+    except Session10Error:
+        raise
     except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         text = str(error)
+        reason = text.splitlines()[0].rstrip(". ") if text else "its connection ended"
+        if any(phrase in text for phrase in _SHARED_MEMORY):
+            raise LoaderError(
+                f"the loader processes ran out of shared memory ({reason}): resume with a smaller --num-workers (0 needs "
+                "none), or with --pipeline batched"
+            ) from error
         if isinstance(error, MemoryError) or any(phrase in text for phrase in _OUT_OF_MEMORY):
             raise OutOfMemoryError(
                 f"out of memory with batch_size {batch_size}: start anew with a smaller one, such as "
                 f"{max(1, batch_size // 2)}, or close what else uses this memory and resume"
             ) from error
         # A tensor on its way from a process that dies ends as a broken connection.
-        if _DEAD_WORKER in text or isinstance(error, (ConnectionError, EOFError)):
-            reason = text.splitlines()[0].rstrip(". ") if text else "its connection ended"
+        if _DEAD_WORKER in text or (isinstance(error, (ConnectionError, EOFError)) and not _is_output(error)):
             raise LoaderError(
-                f"a loader process died ({reason}), often for lack of memory: resume, and if it dies again use fewer of "
-                "them, or the batched pipeline, which needs none"
+                f"a loader process died ({reason}), often for lack of memory: resume, and if it dies again use a smaller "
+                "--num-workers, or --pipeline batched, which needs none"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise CompileError(
-                f"torch.compile failed ({text.splitlines()[0]}): set compile to 'off', or install what it needs here "
-                "(a C++ compiler for a CPU, Triton for a GPU)"
+                f"torch.compile failed ({reason}): use --compile off, or install what it needs here (a C++ compiler for "
+                "a CPU, Triton for a GPU)"
             ) from error
         raise
+
+
+def _is_output(error: Exception) -> bool:
+    """True for the broken pipe of whoever read our output, which says nothing about a loader."""
+    return isinstance(error, BrokenPipeError)
+
+
+def say(text: str) -> None:
+    """Print a line; where nobody reads it any more (a closed pipe, a full disk), be quiet from now on and go on."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # The stream's buffer still holds the line, and Python would fail on it once more at exit.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def part_of(path: Path) -> Path:
+    """The temporary file that ``write_atomically`` uses for ``path`` in this process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.s10part")
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what killed processes left half written of ``path``; nobody else may be writing it."""
+    with contextlib.suppress(OSError):
+        for part in path.parent.iterdir():
+            if part.name.startswith(f".{path.name}.") and part.suffix == ".s10part":
+                part.unlink()
+
+
+def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Replace ``path`` by ``content`` in one step that a crash or a full disk cannot split.
+
+    Args:
+        path: the file to write; its folder exists.
+        content: its new bytes.
+        keep: where the file that was there goes, instead of being lost. A crash may leave it there with no ``path``.
+
+    Raises:
+        OSError: it could not be written; ``path`` and ``keep`` are as before.
+    """
+    part = part_of(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the folder may be read-only or gone
+            part.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # flush the renames too; Windows and some network drives cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# --- where a result comes from ----------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:

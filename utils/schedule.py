@@ -11,6 +11,9 @@ import numpy as np
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from utils.config import Config
+from utils.runtime import ConfigError
+
 # The range that fastai and torch cycle Adam's beta1 through, mirrored to the LR: low momentum at high LR.
 BETA1_RANGE = (0.85, 0.95)
 
@@ -22,7 +25,10 @@ def one_cycle(
     epochs: int,
     peak_epoch: int,
     steps_per_epoch: int,
+    *,
     cycle_beta1: bool = False,
+    lr_first: float | None = None,
+    lr_last: float | None = None,
 ) -> OneCycleLR:
     """The cycle as a torch scheduler; call its ``step()`` after every batch.
 
@@ -35,19 +41,21 @@ def one_cycle(
         steps_per_epoch: batches an epoch.
         cycle_beta1: move Adam's beta1 from 0.95 to 0.85 at the peak and back. torch does so unless told not to;
             here it is off unless asked for.
+        lr_first, lr_last: LR of the first and of the last step where it is not to be ``lr_min``, in ablations.
 
     Raises:
-        ValueError: LRs or lengths that make no cycle.
+        ConfigError: LRs or lengths that make no cycle.
     """
-    _check(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+    check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+    lr_first, lr_last = lr_first or lr_min, lr_last or lr_min
     return OneCycleLR(
         optimizer,
         max_lr=lr_max,
         total_steps=epochs * steps_per_epoch,
         pct_start=peak_epoch / epochs,
         anneal_strategy="linear",
-        div_factor=lr_max / lr_min,  # the first LR is max_lr / div_factor
-        final_div_factor=1.0,  # the last LR is the first one / final_div_factor: no annihilation
+        div_factor=lr_max / lr_first,  # the first LR is max_lr / div_factor
+        final_div_factor=lr_first / lr_last,  # the last LR is the first one / final_div_factor; 1: no annihilation
         cycle_momentum=cycle_beta1,
         base_momentum=BETA1_RANGE[0],
         max_momentum=BETA1_RANGE[1],
@@ -61,9 +69,9 @@ def one_cycle_lrs(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, st
         (epochs * steps_per_epoch,) float64.
 
     Raises:
-        ValueError: LRs or lengths that make no cycle.
+        ConfigError: LRs or lengths that make no cycle.
     """
-    _check(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+    check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
     return _ramps(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
 
 
@@ -78,15 +86,43 @@ def _ramps(end: float, peak: float, epochs: int, peak_epoch: int, steps_per_epoc
     return np.interp(np.arange(last + 1), [0, peak_epoch * steps_per_epoch - 1, last], [end, peak, end])
 
 
-def _check(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
+def scheduler_for(
+    config: Config, optimizer: Optimizer, lr_min: float, lr_max: float, steps_per_epoch: int
+) -> OneCycleLR:
+    """The schedule that ``config`` asks for: one cycle, or what an ablation puts in its place.
+
+    "constant" stays at LRMAX, "no-warm-up" begins there, "annihilation" ends at LRMIN / 100.
+
+    Raises:
+        ConfigError: LRs or lengths that make no cycle.
+    """
+    ends = {
+        "one-cycle": {},
+        "constant": {"lr_first": lr_max, "lr_last": lr_max},
+        "no-warm-up": {"lr_first": lr_max},
+        "annihilation": {"lr_last": lr_min / 100},
+    }[config.schedule]
+    cycle = (lr_min, lr_max, config.epochs, config.peak_epoch, steps_per_epoch)
+    return one_cycle(optimizer, *cycle, cycle_beta1=config.cycle_beta1, **ends)
+
+
+def check_cycle(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
+    """Refuse what makes no cycle.
+
+    Raises:
+        ConfigError: it names the values and the fix.
+    """
     if not 0 < lr_min < lr_max:
-        raise ValueError(f"lr_min is {lr_min} and lr_max is {lr_max}: the cycle needs 0 < lr_min < lr_max")
+        raise ConfigError(f"lr_min is {lr_min} and lr_max is {lr_max}: the cycle needs 0 < lr_min < lr_max")
     if steps_per_epoch < 1:
-        raise ValueError(f"steps_per_epoch is {steps_per_epoch}: an epoch has at least 1 batch")
+        raise ConfigError(f"steps_per_epoch is {steps_per_epoch}: an epoch has at least 1 batch")
     if not 1 <= peak_epoch < epochs:
-        raise ValueError(
+        raise ConfigError(
             f"epochs is {epochs} and peak_epoch is {peak_epoch}: the peak comes in epoch 1 or later and before the "
             f"last one; train for at least {peak_epoch + 1} epochs or lower peak_epoch"
         )
     if peak_epoch * steps_per_epoch < 2:
-        raise ValueError("the LR rises within a single step: use a smaller batch, or a later peak_epoch")
+        raise ConfigError(
+            f"the LR would rise within a single step: with {steps_per_epoch} batch an epoch, use a smaller --batch-size, "
+            "or a later --peak-epoch"
+        )

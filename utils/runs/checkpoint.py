@@ -1,0 +1,186 @@
+"""A checkpoint: everything that a run needs to go on exactly, in one file.
+
+The file is a line of text (format, SHA-256, run, epochs), then what ``torch.save`` writes. Reading checks the digest
+first and never unpickles code (``weights_only=True``). The run's record, what was known before its first epoch, is in
+here too, so that there is nothing that could belong to another run.
+
+A run resumed on the same machine with the same number of threads ends bit for bit like one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.config import Config
+from utils.engine import History, TrainState
+from utils.runtime import Session10Error, rng_states, set_rng_states
+
+MAGIC, FORMAT = b"session10-checkpoint", 2
+
+
+class CheckpointError(Session10Error):
+    """A file that cannot be used; the message names it, the reason and the fix."""
+
+
+class DamagedError(CheckpointError):
+    """A file that is no whole checkpoint: the one before it may be."""
+
+
+class Header(NamedTuple):
+    """The first line of a checkpoint: whose it is, and how far that run was."""
+
+    digest: str
+    run_id: str
+    epochs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A run after ``epochs`` epochs, on the CPU.
+
+    Attributes:
+        run_id: drawn when the run began; two runs never share one.
+        epochs: finished ones; 0 after the LR range test.
+        record: what was known before the first epoch (see ``report.run_record``).
+        state: tensors and plain values.
+    """
+
+    run_id: str
+    epochs: int
+    record: dict
+    state: dict
+
+    @classmethod
+    def of(cls, state: TrainState, record: dict) -> Checkpoint:
+        """Everything in ``state``, and the state of every global random generator."""
+        return cls(
+            record["run_id"],
+            state.history.epochs,
+            record,
+            {
+                "model": state.model.state_dict(),
+                "optimizer": state.optimizer.state_dict(),
+                "scheduler": state.scheduler.state_dict(),
+                "scaler": state.scaler.state_dict(),
+                "averages": [average.state_dict() for average in state.averages],
+                "history": state.history.to_dict(),
+                "rng": rng_states(),
+            },
+        )
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        buffer = io.BytesIO()
+        torch.save({"run_id": self.run_id, "epochs": self.epochs, "record": self.record, "state": self.state}, buffer)
+        payload = buffer.getvalue()
+        header = f" {FORMAT} {hashlib.sha256(payload).hexdigest()} {self.run_id} {self.epochs}\n"
+        return MAGIC + header.encode() + payload
+
+    def restore(self, path: Path, state: TrainState) -> None:
+        """Put this into ``state`` and the global random generators.
+
+        Raises:
+            CheckpointError: it was written for another model or by another version of this project.
+        """
+        content = self.state
+        differing = model_differences(content["model"], state.model)
+        if differing:
+            raise CheckpointError(f"{path} is of {differing}: choose another run folder")
+        try:
+            state.model.load_state_dict(content["model"])
+            state.optimizer.load_state_dict(content["optimizer"])
+            state.scheduler.load_state_dict(content["scheduler"])
+            if content["scaler"] and state.scaler.is_enabled():  # empty where the run began in fp32 or bf16
+                state.scaler.load_state_dict(content["scaler"])
+            for average, saved in zip(state.averages, content["averages"], strict=True):
+                average.load_state_dict(saved)
+            state.history = History(**content["history"])
+            set_rng_states(content["rng"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} was written by another version of this project ({error!r}): finish the run with that version, "
+                "or choose another run folder"
+            ) from error
+
+
+def read_header(path: Path) -> Header:
+    """The first line of a checkpoint file, without reading the rest.
+
+    Raises:
+        DamagedError: it is no checkpoint.
+        CheckpointError: it is one of a later version.
+        OSError: the file is missing or cannot be read.
+    """
+    with open(path, "rb") as file:
+        return _parse_header(path, file.readline(256))
+
+
+def decode(path: Path) -> Checkpoint:
+    """Read and check a checkpoint file.
+
+    Raises:
+        DamagedError: it is no checkpoint, is damaged, or holds more than plain tensors and values.
+        CheckpointError: it cannot be read, or is of a later version.
+    """
+    try:
+        raw = path.read_bytes()
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read ({error.strerror}): make it readable for this user") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    line, _, payload = raw.partition(b"\n")
+    header = _parse_header(path, line)
+    if hashlib.sha256(payload).hexdigest() != header.digest:
+        raise DamagedError(f"{path} is damaged: its content does not match its checksum")
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # a file made to do harm can make the unpickler fail in any way
+        raise DamagedError(
+            f"{path} is refused: it does not hold plain tensors and values only, so that loading it could run code"
+        ) from error
+    try:
+        return Checkpoint(content["run_id"], content["epochs"], content["record"], content["state"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise DamagedError(f"{path} is not a Session 10 checkpoint ({error!r} is missing)") from error
+
+
+def _parse_header(path: Path, line: bytes) -> Header:
+    fields = line.strip().split(b" ")
+    if fields[0] != MAGIC:
+        raise DamagedError(f"{path} is not a Session 10 checkpoint, or its beginning is damaged")
+    try:
+        if int(fields[1]) > FORMAT:
+            raise CheckpointError(
+                f"{path} was written by a later version of this project (format {int(fields[1])}, this one reads {FORMAT}): "
+                "go on with that version, or choose another run folder"
+            )
+        _, _, digest, run_id, epochs = fields
+        return Header(digest.decode("ascii"), run_id.decode("ascii"), int(epochs))
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: its first line is not whole") from error
+
+
+def differences(saved: dict, config: Config) -> list[str]:
+    """Where ``saved``, from an earlier ``Config.to_dict()``, differs from ``config``, in words.
+
+    A setting that ``saved`` does not have yet had its default.
+    """
+    saved, here = {**Config().to_dict(), **saved}, config.to_dict()
+    return [f"{name} {saved[name]!r} there, {here[name]!r} here" for name in here if saved[name] != here[name]]
+
+
+def model_differences(weights: dict[str, Tensor], model: nn.Module) -> str:
+    """The first tensor in ``weights`` that does not fit ``model``, in words; empty when all fit."""
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    saved = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in {**saved, **shapes}:
+        if saved.get(name) != shapes.get(name):
+            return f"another model ({name} is {saved.get(name, 'missing')} there, {shapes.get(name, 'missing')} here)"
+    return ""

@@ -1,0 +1,316 @@
+"""The one way to train: range test -> fit -> final test -> results, resumable at any moment.
+
+``train.py`` and ``experiments`` call ``run_job``; the notebook takes the same three steps one at a time:
+
+    with Job(config, dataset, "runs/mine") as job:
+        job.find_range()
+        job.fit()
+        job.finish()
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.packed import pack_small_maps, packing_pays
+from utils import engine, lr_finder, plotting, runtime
+from utils.analysis import Predictions
+from utils.config import Config
+from utils.dataset import ImageDataset
+from utils.loaders import make_loaders
+from utils.lr_finder import LRRange
+from utils.runs import figures, report
+from utils.runs.checkpoint import Checkpoint, CheckpointError, differences
+from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
+from utils.runs.weights import WEIGHTS_NAME, save_weights
+from utils.runtime import say, write_atomically
+from utils.schedule import check_cycle
+from utils.transforms import normalize
+
+PATCH_IMAGES = 5000  # train images whose patches give the first filters, where the config asks for that
+SAVE_SECONDS = {"cpu": 0.0}  # between checkpoints; after every epoch on a CPU
+SAVE_SECONDS_ON_GPU = 10.0  # there an epoch takes less time than a checkpoint
+
+
+@dataclass(frozen=True)
+class Results:
+    """What ``Job.finish`` found.
+
+    Attributes:
+        metrics: the content of metrics.json.
+        plain, mirrored: predictions on the test images without and with flip TTA.
+        history: with the shipped weights' figures in its last row.
+    """
+
+    metrics: dict
+    plain: Predictions
+    mirrored: Predictions
+    history: engine.History
+
+
+def _explained(step: Callable) -> Callable:
+    """Failures of the machine in a step of a job get words of their own (see ``runtime.explain_failures``)."""
+
+    @functools.wraps(step)
+    def explained(self, *args, **kwargs):
+        with runtime.explain_failures(self.config.batch_size):
+            return step(self, *args, **kwargs)
+
+    return explained
+
+
+class Job:
+    """One run in its folder. Use as a context manager, or with ``open`` and ``close``.
+
+    Entering locks the folder and goes on from the checkpoint that it holds, if any.
+
+    Args:
+        config: the run's settings.
+        dataset: its images, already cut to the subset that ``config`` names; ``ImageDataset.holdout`` makes a
+            validation run of it.
+        run_dir: where checkpoints and results go.
+        device: from ``runtime.pick_device``; None picks the best.
+        resume: False refuses a folder that holds a run.
+
+    Attributes:
+        lr_range: after ``find_range``; None before.
+        state: the run in progress, likewise.
+        resumed_epochs: how many epochs the checkpoint held that the run goes on from; 0 for a new run.
+
+    Raises (on entering):
+        ConfigError: settings that do not go with these images.
+        RunLockedError: another process works in the folder.
+        CheckpointError: the folder cannot be used, or holds another run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: ImageDataset,
+        run_dir: str | os.PathLike,
+        *,
+        device: torch.device | None = None,
+        resume: bool = True,
+    ):
+        self.config = config
+        self.dataset = dataset
+        self.device = device if device is not None else runtime.pick_device()
+        self.precision = runtime.pick_precision(config.precision, self.device)
+        self.folder = RunFolder(run_dir, mirror_from_environment(run_dir))
+        self.resume = resume
+        self.lr_range: LRRange | None = None
+        self.state: engine.TrainState | None = None
+        self.resumed_epochs = 0
+        self._record: dict | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Job:
+        with ExitStack() as stack:
+            stack.enter_context(self.folder)
+            if self.folder.holds_checkpoint and not self.resume:
+                raise CheckpointError(
+                    f"{self.folder.path} already holds a run: add --resume to go on with it, or choose another --run-dir"
+                )
+            self._prepare()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stack.close()
+
+    open = __enter__
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        self.__exit__()
+
+    @_explained
+    def _prepare(self) -> None:
+        config, dataset = self.config, self.dataset
+        runtime.seed_everything(config.seed, config.deterministic)
+        self.train_loader, self.test_loader = make_loaders(dataset, config, self.device, self.precision.dtype)
+        ends = (config.lr_min, config.lr_max) if config.lr_min else (config.range_test_start, config.range_test_end)
+        check_cycle(*ends, config.epochs, config.peak_epoch, len(self.train_loader))
+        patches = None
+        if config.init == "patches":
+            patches = normalize(torch.from_numpy(dataset.train_images[:PATCH_IMAGES]))
+        model = engine.build_model(config, len(dataset.classes), patches)
+        if config.packed == "on" or (config.packed == "auto" and packing_pays(self.precision.name, self.device)):
+            pack_small_maps(model)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self._checkpoint = self.folder.load()
+        if self._checkpoint is not None:
+            self._record = self._checkpoint.record
+            self._check_same_run()
+            self._say_if_moved()
+
+    def _check_same_run(self) -> None:
+        differing = differences(self._record["config"], self.config)
+        if self._record["fingerprint"] != self.dataset.fingerprint():
+            differing.append("other images")
+        if differing:
+            raise CheckpointError(
+                f"{self.folder.path} belongs to another run: {'; '.join(differing)}. Choose another run folder, or delete "
+                "this one"
+            )
+
+    def _say_if_moved(self) -> None:
+        """A run that began elsewhere goes on correctly, but no longer bit for bit."""
+        here = (runtime.device_name(self.device), self.precision.name, f"torch {runtime.versions()['torch']}")
+        record = self._record
+        there = (record["device"], record["precision"], f"torch {record['versions']['torch']}")
+        moved = [f"{old} then, {new} now" for old, new in zip(there, here) if old != new]
+        if moved:
+            say(
+                f"the run began elsewhere ({'; '.join(moved)}): its end is as good, but not bit-identical to what it "
+                "would have been there"
+            )
+
+    @_explained
+    def find_range(self) -> LRRange:
+        """Both ends of the cycle: given, found by the range test, or known from the checkpoint. Makes ``state``.
+
+        Raises:
+            LRRangeError: the range test's curve has no answer.
+        """
+        if self._record is None:
+            began = time.perf_counter()
+            lr_range = lr_finder.find_range(self.model, self.train_loader, self.config, self.precision)
+            seconds = time.perf_counter() - began
+            self._record = report.run_record(self.config, lr_range, seconds, self.dataset, self.precision)
+        self.lr_range = lr_range = LRRange.from_dict(self._record["lr_range"])
+        self.state = engine.start(
+            self.model, self.config, lr_range.lr_min, lr_range.lr_max, len(self.train_loader), self.precision
+        )
+        if self._checkpoint is None:
+            self._save(self.state)
+        else:
+            self._checkpoint.restore(self.folder.checkpoint, self.state)
+            self.resumed_epochs, self._checkpoint = self.state.history.epochs, None
+        self._saved_at = time.monotonic()
+        return lr_range
+
+    @_explained
+    def fit(self) -> engine.History:
+        """Train to the last epoch, from wherever ``find_range`` left ``state``, with a checkpoint after each epoch.
+
+        On a GPU, where an epoch takes less time than a checkpoint, one is written every 10 seconds and at the end.
+
+        Raises:
+            NonFiniteLossError: the loss became NaN or infinite; the epochs before are kept.
+        """
+        config = self.config
+        return engine.fit(
+            self.state,
+            self.train_loader,
+            self.test_loader,
+            config.epochs,
+            eval_every=config.eval_every,
+            after_epoch=self._save_now_and_then,
+            show=say,
+        )
+
+    def _save_now_and_then(self, state: engine.TrainState) -> None:
+        pause = SAVE_SECONDS.get(self.device.type, SAVE_SECONDS_ON_GPU)
+        if state.history.epochs == self.config.epochs or time.monotonic() - self._saved_at >= pause:
+            self._save(state)
+            self._saved_at = time.monotonic()
+
+    def _save(self, state: engine.TrainState) -> None:
+        self.folder.save(Checkpoint.of(state, self._record))
+
+    @_explained
+    def finish(self, note: str = "") -> Results:
+        """The final test, then the results in the run's folder: weights, log, metrics.json, and last the figures.
+
+        A figure that cannot be drawn is a warning: nothing else waits for it.
+
+        Raises:
+            ResultsError: the results cannot be written; every epoch is kept, and finishing again is all that is needed.
+        """
+        state, dataset, folder = self.state, self.dataset, self.folder.path
+        plain, mirrored = report.final_test(state.tested_model, dataset, self.device)
+        history = report.closed_history(state.history, plain)
+        decay = float(state.optimizer.param_groups[0]["weight_decay"])
+        metrics = report.build_metrics(
+            self._record, self.config, history, decay, plain, mirrored, dataset.classes, note
+        )
+        if len(state.averages) > 1:
+            metrics["averages"] = self._test_averages(plain, mirrored)
+        about = {
+            "classes": list(dataset.classes),
+            "width": self.config.width,
+            "logit_scale": self.config.logit_scale,
+            "data": dataset.description,
+        }
+        try:
+            save_weights(state.tested_model, folder / WEIGHTS_NAME, about)
+            write_atomically(folder / report.LOG_NAME, report.training_log(metrics).encode())
+            report.write_metrics(folder, metrics)
+            inputs = figures.FigureInputs(
+                self.config, dataset, state.tested_model, self.lr_range, history, plain, self.device
+            )
+            for name, figure in figures.draw_all(inputs).items():
+                plotting.save_figure(figure, folder / name)
+        except OSError as error:
+            raise report.ResultsError(
+                f"the results could not be written ({reason_of(error)}: {error.filename}). All {self.config.epochs} epochs "
+                f"are kept in {self.folder.checkpoint}: mend this, then resume, and only the test and the results are "
+                "made again"
+            ) from error
+        return Results(metrics, plain, mirrored, history)
+
+    def _test_averages(self, plain: Predictions, mirrored: Predictions) -> dict[str, dict[str, float]]:
+        """Accuracy and loss of each average that rode along, by its decay."""
+        decays = (self.config.ema_decay, *self.config.ema_also)
+        tested = [(plain, mirrored)]
+        for average in self.state.averages[1:]:
+            tested.append(report.final_test(average.module, self.dataset, self.device))
+        return {
+            str(decay): {"accuracy": one.accuracy, "accuracy_tta": both.accuracy, "loss": one.loss, "loss_tta": both.loss}
+            for decay, (one, both) in zip(decays, tested)
+        }
+
+    def kept(self) -> str:
+        """What a run that ends now leaves behind, in words."""
+        epochs = self.folder.saved_epochs
+        if epochs:
+            return f"{epochs} of {self.config.epochs} epochs are kept in {self.folder.path}"
+        if epochs == 0:
+            return f"the LR range test is kept in {self.folder.path}, no epoch was finished yet"
+        if self.folder.holds_checkpoint:
+            return f"the checkpoint in {self.folder.path} is as it was"
+        return "no epoch was finished yet"
+
+
+def is_finished(run_dir: str | os.PathLike) -> bool:
+    """True for the folder of a run that wrote its results."""
+    return (Path(run_dir) / report.METRICS_NAME).exists()
+
+
+def run_job(
+    config: Config,
+    dataset: ImageDataset,
+    run_dir: str | os.PathLike,
+    *,
+    device: torch.device | None = None,
+    note: str = "",
+) -> dict:
+    """A whole run, from wherever ``run_dir`` stands; returns its metrics.
+
+    Raises:
+        Session10Error: see ``Job`` and its three steps.
+    """
+    with Job(config, dataset, run_dir, device=device) as job:
+        job.find_range()
+        job.fit()
+        return job.finish(note).metrics

@@ -1,0 +1,434 @@
+"""From a finished run to what people read: metrics.json, training_logs.md, the README's tables, and Results/.
+
+Every number outside this module's output is generated from ``metrics.json``; a test fails when one drifts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchsummary import summary
+
+from models import CustomResNet
+from utils import runtime
+from utils.analysis import Predictions, per_class_accuracy, predict
+from utils.config import Config
+from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, ImageDataset
+from utils.engine import History
+from utils.loaders import BatchedLoader
+from utils.lr_finder import LRRange
+from utils.runs.weights import WEIGHTS_NAME, rounded_to_half
+from utils.runtime import ConfigError, Precision, Session10Error, write_atomically
+
+RESULTS = runtime.PROJECT_ROOT / "Results"
+METRICS_NAME, LOG_NAME = "metrics.json", "training_logs.md"
+RECIPE_TRAIN_IMAGES = 50_000
+
+# What others published for networks of this kind on CIFAR-10: (who, how, test accuracy, time on which hardware).
+PUBLISHED = (
+    ("The original Session 10 write-up", "this model and recipe, single run", "93.10%", "about 13 min, T4"),
+    ("Others on the same assignment", "Adam, single runs", "90.3 to 93.3%", "not stated"),
+    (
+        "[D. Page, *How to train your ResNet*](https://github.com/davidcpage/cifar10-fast) (2018)",
+        "ResNet-9, SGD, 24 epochs",
+        "94.08% (median of 50)",
+        "79 s, V100",
+    ),
+    (
+        "[cifar10-fast-simple](https://github.com/99991/cifar10-fast-simple)",
+        "Page's network, SGD, 10 epochs",
+        "94.09 ± 0.12% (100 runs)",
+        "14.3 s, A100",
+    ),
+    (
+        "[K. Jordan, airbench94](https://arxiv.org/abs/2404.00498) (2024)",
+        "another network, many tricks, TTA",
+        "94.0%",
+        "3.29 s, A100 (a later version: 2.6 s)",
+    ),
+)
+
+
+class ResultsError(Session10Error):
+    """Results that cannot be written or published; the message says what is kept."""
+
+
+# --- what a run is known by -------------------------------------------------------------------------------------------
+
+
+def run_record(
+    config: Config, lr_range: LRRange, range_test_seconds: float, dataset: ImageDataset, precision: Precision
+) -> dict:
+    """What is known before the first epoch, as plain JSON values: kept in every checkpoint, quoted with the results."""
+    return {
+        "run_id": uuid.uuid4().hex,
+        "config": config.to_dict(),
+        "lr_range": lr_range.to_dict(),
+        "range_test_seconds": range_test_seconds,
+        "data": dataset.description,
+        "source": dataset.source,
+        "fingerprint": dataset.fingerprint(),
+        "device": runtime.device_name(precision.device),
+        "precision": precision.name,
+        "versions": runtime.versions(),
+        "commit": runtime.code_commit(),
+    }
+
+
+def final_test(
+    model: nn.Module, dataset: ImageDataset, device: torch.device, batch_size: int = 500
+) -> tuple[Predictions, Predictions]:
+    """Test the weights that are shipped: rounded to float16, computed in float32 without TF32.
+
+    So the figure depends neither on the training precision nor, but for the odd tie, on the device; and the weights
+    file gives it back in any fresh process.
+
+    Returns:
+        Predictions without and with flip TTA.
+    """
+    shipped = copy.deepcopy(model)
+    shipped.load_state_dict(rounded_to_half(model.state_dict()))
+    loader = BatchedLoader(
+        dataset.test_images, dataset.test_labels, min(batch_size, len(dataset.test_labels)), device=device
+    )
+    precision = Precision("fp32", torch.device(device))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        plain, mirrored = (predict(shipped, loader, precision=precision, tta=tta) for tta in (False, True))
+    return plain, mirrored
+
+
+def closed_history(history: History, final: Predictions) -> History:
+    """A copy whose last test figures are those of the shipped weights, so that every document says the same."""
+    return dataclasses.replace(
+        history,
+        test_loss=[*history.test_loss[:-1], final.loss],
+        test_accuracy=[*history.test_accuracy[:-1], final.accuracy],
+    )
+
+
+def build_metrics(
+    record: dict,
+    config: Config,
+    history: History,
+    weight_decay: float,
+    plain: Predictions,
+    mirrored: Predictions,
+    classes: Sequence[str],
+    note: str = "",
+) -> dict:
+    """metrics.json's content for one run.
+
+    Args:
+        record: from ``run_record``.
+        config: of the run.
+        history: from ``closed_history``.
+        weight_decay: what the optimizer used.
+        plain, mirrored: from ``final_test``.
+        classes: class names.
+        note: a sentence for the log, such as what else the machine was doing.
+    """
+    per_class = [None if math.isnan(value) else value for value in per_class_accuracy(plain).tolist()]
+    metrics = {
+        "profile": config.profile,
+        "test_accuracy": plain.accuracy,
+        "test_loss": plain.loss,
+        "test_accuracy_tta": mirrored.accuracy,
+        "test_images": len(plain.labels),
+        "train_images": history.train_size,
+        "per_class_accuracy": dict(zip(classes, per_class)),
+        "epochs": config.epochs,
+        "peak_epoch": config.peak_epoch,
+        "batch_size": config.batch_size,
+        "lr_min": record["lr_range"]["lr_min"],
+        "lr_max": record["lr_range"]["lr_max"],
+        "lr_rule": record["lr_range"]["rule"],
+        "weight_decay": weight_decay,
+        "wall_seconds": float(sum(history.seconds)),
+        **{
+            name: record[name]
+            for name in ("range_test_seconds", "device", "precision", "versions", "data", "source", "commit", "config")
+        },
+        "history": history.to_dict(),
+        "note": note,
+    }
+    return {**metrics, **over_seeds([metrics])}
+
+
+def over_seeds(runs: Sequence[dict]) -> dict:
+    """The metrics that speak of several runs of one config: accuracies by seed, mean and standard deviation (n - 1)."""
+    values, tta_values = (
+        np.array([run[name] for run in runs], dtype=float) for name in ("test_accuracy", "test_accuracy_tta")
+    )
+    several = len(runs) > 1
+    return {
+        "seeds": [run["config"]["seed"] for run in runs],
+        "seed_accuracies": values.tolist(),
+        "seed_accuracies_tta": tta_values.tolist(),
+        "mean_accuracy": float(values.mean()),
+        "mean_accuracy_tta": float(tta_values.mean()),
+        "std_accuracy": float(values.std(ddof=1)) if several else None,
+        "std_accuracy_tta": float(tta_values.std(ddof=1)) if several else None,
+    }
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(folder: str | os.PathLike = RESULTS) -> dict:
+    """The content of a folder's ``metrics.json``.
+
+    Raises:
+        ResultsError: there is none, or it is not what this project writes.
+    """
+    path = Path(folder) / METRICS_NAME
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultsError(f"no {path}: a run writes it when it is finished") from None
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} cannot be read ({error}): finish the run again, or get a fresh copy") from error
+    if not isinstance(metrics, dict) or not {"test_accuracy", "history", "config"} <= metrics.keys():
+        raise ResultsError(f"{path} is not what a finished run writes: finish the run again, or get a fresh copy")
+    return metrics
+
+
+def write_metrics(folder: Path, metrics: dict) -> None:
+    """Write ``metrics.json``: a folder that has it holds a finished run, so this is written last."""
+    write_atomically(folder / METRICS_NAME, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+
+
+def check_publishable(config: Config, dataset: ImageDataset) -> None:
+    """Only the full recipe on CIFAR-10 may replace the figures that the README shows.
+
+    Raises:
+        ConfigError: it names what differs.
+    """
+    problems = []
+    if config.profile != "full" or config.train_images is not None or config.test_images is not None:
+        problems.append("a profile or subset other than the full one")
+    if config.lr_min is not None:
+        problems.append("learning rates that were given instead of found by the range test")
+    if dataset.classes != CIFAR10_CLASSES or dataset.is_stand_in or len(dataset.train_labels) != RECIPE_TRAIN_IMAGES:
+        problems.append(f"other images ({dataset.description})")
+    if problems:
+        raise ConfigError(
+            f"this run cannot be published in Results/, because it uses {' and '.join(problems)}: leave out --publish, or "
+            "run the full profile on CIFAR-10"
+        )
+
+
+def publish(run_dir: str | os.PathLike, others: Iterable[str | os.PathLike] = ()) -> dict:
+    """Put a finished run into ``Results/``, ``training_logs.md`` and the README's tables.
+
+    ``Results/`` is replaced as a whole, so that all that is in it is of this run.
+
+    Args:
+        run_dir: of the run that is shown.
+        others: folders of finished runs of the same config with other seeds, which count in the mean.
+
+    Returns:
+        The published metrics.
+
+    Raises:
+        ResultsError: a run is not finished, or not of the same config and images.
+    """
+    run_dir = Path(run_dir)
+    runs = [read_metrics(folder) for folder in (run_dir, *others)]
+    settings = [{**run["config"], "seed": None, "data": run["data"]} for run in runs]
+    for folder, other in zip((run_dir, *others), settings):
+        if other != settings[0]:
+            names = [name for name in other if other[name] != settings[0].get(name)]
+            raise ResultsError(f"{folder} differs from {run_dir} in {', '.join(names)}: only equal runs make a mean")
+    metrics = {**runs[0], **over_seeds(runs)}
+
+    finish_interrupted_replacement(RESULTS)
+    fresh = RESULTS.with_name(f".{RESULTS.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for path in (run_dir / WEIGHTS_NAME, *sorted(run_dir.glob("*.png"))):
+        shutil.copy2(path, fresh)
+    write_metrics(fresh, metrics)
+    replace_folder(fresh, RESULTS)
+    write_atomically(runtime.PROJECT_ROOT / LOG_NAME, training_log(metrics).encode())
+    update_readme(runtime.PROJECT_ROOT / "README.md", metrics)
+    return metrics
+
+
+def replace_folder(fresh: Path, target: Path) -> None:
+    """Put ``fresh`` in the place of ``target``: at any moment one of the two is whole, here or under its other name."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_interrupted_replacement(target: Path) -> None:
+    """After a kill between the two renames of ``replace_folder``, put the old folder back."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = "") -> str:
+    """A Markdown table.
+
+    Args:
+        header: column names.
+        rows: as many cells each.
+        align: a letter a column, "l" or "r"; all left where it is shorter.
+    """
+    rules = ["---:" if letter == "r" else "---" for letter in align.ljust(len(header), "l")]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in (header, rules, *rows))
+
+
+def training_log(metrics: dict) -> str:
+    """training_logs.md: the run's circumstances, then every epoch."""
+    history = History(**metrics["history"])
+    lines = [
+        "# Training logs",
+        "",
+        "Generated from the run's history; nothing here is edited by hand.",
+        "",
+        f"- {setup_sentence(metrics)}",
+        f"- Commit of the code: `{metrics['commit']}`",
+        "- Losses are mean cross-entropy per image, without label smoothing. Train figures are of augmented images while "
+        "the weights move; test figures are of the averaged weights. The last epoch's are those of the weights in "
+        f"`{WEIGHTS_NAME}`.",
+        *([f"- {metrics['note']}"] if metrics.get("note") else []),
+        "",
+        "```",
+    ]
+    for epoch in range(history.epochs):
+        lines += [
+            f"Epoch {epoch + 1}: LR={history.lr[epoch]:.6f} Time={history.seconds[epoch]:.1f}s",
+            f"Train: Loss={history.train_loss[epoch]:.4f} Accuracy={history.train_accuracy[epoch]:.2f}",
+        ]
+        if history.test_accuracy[epoch] is not None:
+            correct = round(history.test_accuracy[epoch] / 100 * history.test_size)
+            lines.append(
+                f"Test set: Average loss: {history.test_loss[epoch]:.4f}, Accuracy: {correct}/{history.test_size} "
+                f"({history.test_accuracy[epoch]:.2f}%)"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n```\n"
+
+
+def setup_sentence(metrics: dict) -> str:
+    """Hardware, versions, seeds, data and time in one sentence."""
+    seeds = ", ".join(str(seed) for seed in metrics["seeds"])
+    versions = metrics["versions"]
+    return (
+        f"{metrics['train_images']:,} train and {metrics['test_images']:,} test images of {metrics['data']}; "
+        f"{metrics['epochs']} epochs of batch {metrics['batch_size']} in {duration(metrics['wall_seconds'])} on "
+        f"{metrics['device']} in {metrics['precision']}; torch {versions['torch']}, Python {versions['python']}; "
+        f"{'seed' if len(metrics['seeds']) == 1 else 'seeds'} {seeds}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """``"8.2 s"``, ``"12 min 5 s"`` or ``"1 h 23 min"``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def spread(mean: float, std: float | None, count: int) -> str:
+    """``"94.52 ± 0.14% (mean and std of 5 seeds)"``, or the single value named as such."""
+    return f"{mean:.2f}% (single run)" if std is None else f"{mean:.2f} ± {std:.2f}% (mean and std of {count} seeds)"
+
+
+def readme_blocks(metrics: dict) -> dict[str, str]:
+    """The README's generated parts, by name."""
+    count = len(metrics["seeds"])
+    plain = spread(metrics["mean_accuracy"], metrics["std_accuracy"], count)
+    mirrored = spread(metrics["mean_accuracy_tta"], metrics["std_accuracy_tta"], count)
+    classes = metrics["per_class_accuracy"]
+    rows = [
+        ("Test accuracy, last epoch", plain),
+        ("with flip TTA", mirrored),
+        ("Test loss", f"{metrics['test_loss']:.4f}"),
+        ("Train accuracy, last epoch (augmented images)", f"{metrics['history']['train_accuracy'][-1]:.2f}%"),
+        (f"LRMIN, LRMAX (range test, rule {metrics['lr_rule']})", f"{metrics['lr_min']:.2e}, {metrics['lr_max']:.2e}"),
+        ("Weight decay (decoupled)", f"{metrics['weight_decay']:.3f}"),
+        ("Training, with a test after every epoch", duration(metrics["wall_seconds"])),
+        ("Hardware", f"{metrics['device']}, {metrics['precision']}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())),
+        ("Data", metrics["data"]),
+        ("Seeds", ", ".join(str(seed) for seed in metrics["seeds"])),
+    ]
+    ours = (
+        "**Ours**",
+        f"this model and recipe, Adam, {metrics['epochs']} epochs",
+        f"**{plain}**; {mirrored} with flip TTA",
+        f"{duration(metrics['wall_seconds'])}, {metrics['device']}",
+    )
+    note = f"\n\n{metrics['note']}" if metrics.get("note") else ""
+    return {
+        "headline": (
+            f"**{plain} test accuracy after the last of {metrics['epochs']} epochs; {mirrored} with flip test-time "
+            "augmentation.**"
+        ),
+        "provenance": f"{setup_sentence(metrics)}.{note}",
+        "results": markdown_table(("Measured", "Value"), rows),
+        "classes": markdown_table(
+            list(classes), [[f"{value:.1f}%" for value in classes.values()]], align="r" * len(classes)
+        ),
+        "comparison": markdown_table(("Who", "How", "Test accuracy", "Training time"), (ours, *PUBLISHED)),
+    }
+
+
+def update_readme(path: Path, metrics: dict) -> None:
+    """Rewrite the README's generated parts, each between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
+
+    Raises:
+        ValueError: a part's markers are missing.
+    """
+    write_atomically(path, render_readme(path.read_text(encoding="utf-8"), metrics).encode())
+
+
+def render_readme(text: str, metrics: dict) -> str:
+    """``text`` with its generated parts made anew from ``metrics``."""
+    for name, block in {**readme_blocks(metrics), "summary": f"```\n{model_summary()}\n```"}.items():
+        text = replace_block(text, name, block)
+    return text
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """``text`` with one generated part replaced.
+
+    Raises:
+        ValueError: the part's markers are missing or doubled.
+    """
+    pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)"
+    text, found = re.subn(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL)
+    if found != 1:
+        raise ValueError(f"there are {found} places for the generated part {name!r}: exactly one is needed")
+    return text
+
+
+def model_summary() -> str:
+    """torchsummary's table of the network (which gets a copy in eval mode: it runs a batch through it)."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), torch.random.fork_rng(devices=[]):
+        summary(CustomResNet().eval(), (3, IMAGE_SIZE, IMAGE_SIZE), device="cpu")
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())

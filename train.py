@@ -22,6 +22,7 @@ from utils.dataset import load_dataset
 from utils.runs import report
 from utils.runs.door import run_door
 from utils.runs.job import Job
+from utils.runs.ranks import join_ranks, leave_ranks
 from utils.runtime import say
 
 EPILOG = """\
@@ -30,6 +31,7 @@ examples:
   python train.py --profile full --seed 1     the recipe with another seed
   python train.py --profile full --resume     go on after Ctrl-C, kill -9 or a lost machine
   python train.py --lr-min 5e-4 --lr-max 6e-3 a cycle of your own, without a range test
+  torchrun --nproc-per-node 2 train.py        on two GPUs, each with half of every batch
 
 Every epoch ends with a checkpoint in the run folder, and the one before it is kept; on a GPU, whose epochs take seconds,
 one is written every 10 seconds. Where $S10_RUN_DIR names a folder, such as one on a mounted Google Drive, each checkpoint
@@ -144,38 +146,48 @@ def main(argv: list[str] | None = None) -> int:
     def train() -> None:
         nonlocal job
         config = make_config(args)
-        device = runtime.pick_device(args.device)
+        ranks, device_name = join_ranks(args.device)
+        device = runtime.pick_device(device_name)
         if args.threads is not None:
             runtime.set_threads(args.threads)
         precision = runtime.pick_precision(config.precision, device)
-        say(f"{config.profile} profile, seed {config.seed}, {precision.name} on {runtime.device_name(device)}")
-        dataset = load_dataset(args.data_dir).subset(config.train_images, config.test_images)
-        say(f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images")
+        speak = say if ranks.is_first else lambda text: None
+        machine = runtime.device_name(device) + (f", {ranks.world} processes" if ranks.world > 1 else "")
+        speak(f"{config.profile} profile, seed {config.seed}, {precision.name} on {machine}")
+        dataset = ranks.first_then_others(lambda: load_dataset(args.data_dir))
+        dataset = dataset.subset(config.train_images, config.test_images)
+        speak(f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images")
         if args.publish:
             report.check_publishable(config, dataset)
         run_dir = args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"
-        job = Job(config, dataset, run_dir, device=device, resume=args.resume)
+        job = Job(config, dataset, run_dir, device=device, ranks=ranks, resume=args.resume)
         with job:
             run(job, args)
 
     def kept() -> str:
-        if job is None:
+        if job is None or not job.ranks.is_first:
             return ""
         go_on = "add --resume to the same command to go on" if job.folder.holds_checkpoint else "run it again"
         return f"{job.kept()}: {go_on}"
 
-    return run_door("train.py", train, kept)
+    try:
+        return run_door("train.py", train, kept)
+    finally:
+        leave_ranks()
 
 
 def run(job: Job, args: argparse.Namespace) -> None:
-    """The whole job, with a line on each of its steps."""
-    if args.resume and not job.folder.holds_checkpoint:
-        say(f"nothing to resume in {job.folder.path}: starting with epoch 1")
+    """The whole job; rank 0, or the only process, says a line on each of its steps."""
+    speak = say if job.ranks.is_first else lambda text: None
+    if args.resume and not job.is_resumed:
+        speak(f"nothing to resume in {job.folder.path}: starting with epoch 1")
     found = job.find_range()
     if job.resumed_epochs:
-        say(f"resuming after epoch {job.resumed_epochs} of {job.config.epochs}")
-    say(f"one cycle: LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e} (rule {found.rule})")
+        speak(f"resuming after epoch {job.resumed_epochs} of {job.config.epochs}")
+    speak(f"one cycle: LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e} (rule {found.rule})")
     job.fit()
+    if not job.ranks.is_first:
+        return
     results = job.finish(args.note)
     where = job.folder.path
     if args.publish:

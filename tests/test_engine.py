@@ -17,10 +17,10 @@ from torch import nn
 
 from utils import engine, runtime
 from utils.config import quick
-from utils.dataset import BatchedLoader, make_loaders
 from utils.engine import (
     NonFiniteLossError,
     RunningMetrics,
+    TrainState,
     WeightAverage,
     evaluate,
     fit,
@@ -31,7 +31,8 @@ from utils.engine import (
     table_header,
     train_epoch,
 )
-from utils.runtime import CompileError, Precision, keep_freed_memory, pick_device, pick_precision, seed_everything
+from utils.loaders import BatchedLoader, make_loaders
+from utils.runtime import CompileError, ConfigError, Precision, explain_failures, keep_freed_memory, pick_device, pick_precision, seed_everything
 from utils.schedule import one_cycle_lrs
 from utils.transforms import normalize
 
@@ -67,7 +68,7 @@ def train(toy, config=None, model=None, precision=FP32, **options):
     config = config or tiny_config()
     train_loader, test_loader = make_loaders(toy, config, CPU)
     state = start(model or tiny_model(config.seed), config, LR_MIN, LR_MAX, len(train_loader), precision)
-    fit(state, train_loader, test_loader, config, precision=precision, **options)
+    fit(state, train_loader, test_loader, config.epochs, **options)
     return state
 
 
@@ -82,15 +83,8 @@ def run_train_epoch(model, loader, lr=0.0, criterion=None):
     """One epoch with plain gradient descent at a constant LR."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    return train_epoch(
-        model,
-        loader,
-        optimizer,
-        scheduler,
-        criterion or nn.CrossEntropyLoss(),
-        precision=FP32,
-        scaler=FP32.grad_scaler(),
-    )
+    criterion = criterion or nn.CrossEntropyLoss()
+    return train_epoch(TrainState(model, optimizer, criterion, FP32, FP32.grad_scaler(), scheduler), loader)
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -114,13 +108,12 @@ def test_the_train_loss_is_the_per_image_mean_without_label_smoothing(toy, smoot
     # At LR 0 the network stays what it is, so the epoch's mean can be computed at once; 60 = 16 + 16 + 16 + 12.
     model = linear_model()
     loader = BatchedLoader(toy.train_images, toy.train_labels, 16)
-    metrics, lrs = run_train_epoch(model, loader, criterion=nn.CrossEntropyLoss(label_smoothing=smoothing))
+    metrics = run_train_epoch(model, loader, criterion=nn.CrossEntropyLoss(label_smoothing=smoothing))
     logits = model(normalize(torch.from_numpy(toy.train_images)))
     labels = torch.from_numpy(toy.train_labels)
     assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert metrics.correct == (logits.argmax(1) == labels).sum()
     assert metrics.count == 60
-    assert lrs == [0.0] * 4
     assert model.training
 
 
@@ -133,9 +126,8 @@ def test_label_smoothing_is_in_what_is_minimized(toy):
 
 
 def test_running_metrics_remember_the_first_bad_step():
-    running = RunningMetrics(CPU)
+    running = RunningMetrics()
     labels = torch.tensor([0, 1])
-    assert running.first_bad_step() is None
     for value in (1.0, 2.0, math.nan, 1.0, math.inf):
         running.update(torch.full((2, 2), value), labels)
     assert running.first_bad_step() == 2
@@ -207,14 +199,13 @@ def test_the_history_has_one_entry_an_epoch_and_every_epoch_a_row(toy, capsys):
 
 
 def test_the_lr_moves_with_every_step_from_lr_min_to_lr_min(toy, monkeypatch):
-    taken = []
+    taken, train_step = [], engine.train_step
 
-    def recording(*args, **kwargs):
-        metrics, lrs = train_epoch(*args, **kwargs)
-        taken.extend(lrs)
-        return metrics, lrs
+    def recording(state, *batch):
+        taken.append(state.optimizer.param_groups[0]["lr"])
+        return train_step(state, *batch)
 
-    monkeypatch.setattr(engine, "train_epoch", recording)
+    monkeypatch.setattr(engine, "train_step", recording)
     train(toy)
     np.testing.assert_allclose(taken, one_cycle_lrs(LR_MIN, LR_MAX, 4, 1, 4), rtol=1e-9)
 
@@ -240,8 +231,8 @@ def test_fit_goes_on_where_the_state_stands(toy):
     loaders = make_loaders(toy, config, CPU)
     state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
     with pytest.raises(StopError):
-        fit(state, *loaders, config, precision=FP32, after_epoch=stop_after_two)
-    fit(state, *make_loaders(toy, config, CPU), config, precision=FP32)
+        fit(state, *loaders, config.epochs, after_epoch=stop_after_two)
+    fit(state, *make_loaders(toy, config, CPU), config.epochs)
     whole = train(toy, config)
     assert state.history.train_loss == whole.history.train_loss
     assert_same_weights(state.model, whole.model)
@@ -251,7 +242,7 @@ def test_a_finished_run_trains_no_further_and_shows_its_table(toy, capsys):
     config = tiny_config()
     state = train(toy, config)
     before, table = copy.deepcopy(state.model), capsys.readouterr().out
-    fit(state, *make_loaders(toy, config, CPU), config, precision=FP32)
+    fit(state, *make_loaders(toy, config, CPU), config.epochs)
     assert_same_weights(state.model, before)
     assert capsys.readouterr().out == table
 
@@ -281,7 +272,7 @@ def test_the_average_of_the_weights_is_the_one_defined(toy):
                 expected[name] = decay * expected[name] + (1 - decay) * state.model.state_dict()[name]
 
     state.scheduler.step = step
-    fit(state, *loaders, config, precision=FP32)
+    fit(state, *loaders, config.epochs)
     assert len(steps) == 16
     assert state.tested_model is not state.model
     averaged = state.tested_model.state_dict()
@@ -297,19 +288,35 @@ def test_the_average_forgets_the_untrained_weights_soon_and_then_keeps_its_decay
     nn.init.ones_(model.weight)
     seen = []
     for _ in range(200):
-        average.update_parameters(model)
+        average.update(model, 0)
         seen.append(average.module.weight.item())
     assert seen[0] == pytest.approx(0.9)
     assert seen[1] == pytest.approx(1 - 0.1 * 2 / 11)
     assert seen[-1] == pytest.approx(1)
     nn.init.zeros_(model.weight)
-    average.update_parameters(model)  # by now the first updates are long over
+    average.update(model, 0)  # by now the first updates are long over
     assert average.module.weight.item() == pytest.approx(0.9)
     copied = WeightAverage(model, decay=0.9)
     copied.load_state_dict(average.state_dict())
     for each in (average, copied):  # goes on where the other stands
-        each.update_parameters(model)
+        each.update(model, 0)
         assert each.module.weight.item() == pytest.approx(0.81)
+
+
+def test_further_averages_ride_along_and_change_nothing(toy):
+    alone, accompanied = train(toy), train(toy, tiny_config(ema_also=(0.9, 0.0)))
+    assert_same_weights(alone.tested_model, accompanied.tested_model)
+    assert_same_weights(accompanied.averages[2].module, accompanied.model)  # a decay of 0 has no memory
+    assert not torch.equal(*(state["4.weight"] for state in (a.module.state_dict() for a in accompanied.averages[:2])))
+
+
+def test_testing_less_often_changes_nothing_but_the_gaps_in_the_table(toy, capsys):
+    often, seldom = train(toy), train(toy, eval_every=3)
+    assert_same_weights(often.model, seldom.model)
+    tested = seldom.history.test_accuracy
+    assert [value is not None for value in tested] == [False, False, True, True]  # the last epoch always
+    assert tested[-1] == often.history.test_accuracy[-1]
+    assert [row.count("%") for row in capsys.readouterr().out.splitlines()[-4:]] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
@@ -346,7 +353,7 @@ def test_a_compiled_network_trains_to_the_same_weights(toy, inductor):
 def test_without_a_compiler_the_error_says_how_to_do_without(toy, inductor, monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
     monkeypatch.setattr(inductor, "force_disable_caches", True)
-    with pytest.raises(CompileError, match=r"torch\.compile failed \(.*C\+\+ compiler.*\): set compile to 'off'"):
+    with pytest.raises(CompileError, match=r"torch\.compile failed \(.*C\+\+ compiler.*\): use --compile off"), explain_failures(1):
         train(toy, tiny_config(compile="default"))
 
 
@@ -370,14 +377,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_lr_and_hint_and_keeps_the_his
     train_loader, test_loader = make_loaders(toy, config, CPU)
     state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
     with pytest.raises(NonFiniteLossError) as error:
-        fit(state, PoisonedLoader(train_loader, epoch=2, step=1), test_loader, config, precision=FP32)
+        fit(state, PoisonedLoader(train_loader, epoch=2, step=1), test_loader, config.epochs)
     lr = one_cycle_lrs(LR_MIN, LR_MAX, config.epochs, config.peak_epoch, 4)[2 * 4 + 1]
-    expected = f"epoch 3: the loss is not finite at step 2 of this epoch, where the LR was {lr:.2e}: lower lr_max"
+    expected = f"epoch 3/4: the loss is not finite at step 2, where the LR was {lr:.2e}: lower lr_max"
     assert str(error.value).startswith(expected)
     assert "NaN" in str(error.value)
-    assert error.value.history is state.history
-    assert error.value.history.epochs == 2
-    assert np.isfinite(error.value.history.train_loss).all()
+    assert state.history.epochs == 2
+    assert np.isfinite(state.history.train_loss).all()
 
 
 def test_the_progress_bar_notices_a_loss_that_is_not_finite_before_the_epoch_ends(toy, monkeypatch):
@@ -385,8 +391,8 @@ def test_the_progress_bar_notices_a_loss_that_is_not_finite_before_the_epoch_end
     config = tiny_config()
     train_loader, test_loader = make_loaders(toy, config, CPU)
     state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
-    with pytest.raises(NonFiniteLossError, match="at step 1 of this epoch"):
-        fit(state, PoisonedLoader(train_loader, epoch=0, step=0), test_loader, config, precision=FP32)
+    with pytest.raises(NonFiniteLossError, match="at step 1, where"):
+        fit(state, PoisonedLoader(train_loader, epoch=0, step=0), test_loader, config.epochs)
     assert state.scheduler.last_epoch == 1  # one step was taken, not four
 
 
@@ -417,23 +423,13 @@ def test_the_loop_exchanges_no_value_with_the_device_at_every_step(toy, monkeypa
         train_loader, _ = make_loaders(toy, config, CPU)
         state = start(tiny_model(), config, LR_MIN, LR_MAX, len(train_loader), FP32)
         calls.clear()
-        train_epoch(
-            state.model,
-            train_loader,
-            state.optimizer,
-            state.scheduler,
-            nn.CrossEntropyLoss(),
-            precision=FP32,
-            scaler=state.scaler,
-            ema=state.ema,
-            ema_every=1,
-        )
+        train_epoch(state, train_loader)
         return sorted(calls)
 
     calls_of_an_epoch(30)  # what is made once a device is made here
     few, many = calls_of_an_epoch(30), calls_of_an_epoch(2)  # 2 steps, 30 steps
     assert few == many
-    assert "item" in few  # the metrics, at the end
+    assert few  # the metrics, at the end
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------------
@@ -448,6 +444,29 @@ def test_weight_decay_at_the_peak_is_the_setting_and_is_decoupled(lr_max):
         parameter.grad = torch.zeros_like(parameter)  # without a gradient only the decay moves the weights
     optimizer.step()
     torch.testing.assert_close(model[1].weight.detach(), before * (1 - 2e-3))
+
+
+def test_batch_norm_and_biases_can_be_left_out_of_the_decay():
+    model = tiny_model()
+    optimizer = make_optimizer(model, tiny_config(decay_at_peak=2e-3, decay_norm_and_bias=False), 0.01)
+    nn.init.ones_(model[4].bias)
+    before = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model[4].weight, before[4].weight * (1 - 2e-3))
+    for kept, old in ((model[4].bias, before[4].bias), (model[1].weight, before[1].weight)):
+        assert torch.equal(kept, old)
+
+
+def test_coupled_decay_is_an_l2_penalty_that_adam_rescales():
+    model = linear_model()
+    optimizer = make_optimizer(model, tiny_config(coupled_decay=1e-4), 0.01)
+    before = model[1].weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # Adam's first step has the size of the LR whatever the gradient's
+    torch.testing.assert_close((before - model[1].weight.detach()).abs().median().item(), 0.01, rtol=0.05, atol=0)
 
 
 def test_without_a_peak_there_is_no_weight_decay():
@@ -510,7 +529,7 @@ def test_a_torch_that_lists_no_cpu_capabilities_means_fp32(monkeypatch):
 
 
 def test_fp16_on_a_cpu_is_refused_with_the_alternatives():
-    with pytest.raises(ValueError, match="precision is 'fp16' on a CPU: use 'fp32', or 'bf16' where"):
+    with pytest.raises(ConfigError, match="precision is 'fp16' on a CPU: use 'fp32', or 'bf16' where"):
         pick_precision("fp16", CPU)
 
 
@@ -524,24 +543,43 @@ def test_the_automatic_device_is_the_gpu_where_there_is_one(monkeypatch, availab
 @pytest.mark.parametrize(
     ("name", "gpus", "message"),
     [
-        ("gpu", 1, "device is 'gpu': choose 'auto', 'cpu' or 'cuda'"),
-        ("", 1, "device is '': choose 'auto', 'cpu' or 'cuda'"),
-        ("meta", 1, "device is 'meta': Session 10 runs on 'cpu' and 'cuda'"),
-        ("cuda", 0, "device is 'cuda', but torch sees no GPU here: use --device cpu, or install a CUDA driver"),
+        ("gpu", 1, "device is 'gpu': choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
+        ("", 1, "device is '': choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
+        ("meta", 1, "device is 'meta': Session 10 runs on 'cpu', 'cuda' and 'mps'"),
+        ("cuda", 0, "device is 'cuda', but torch sees no such GPU here: use --device cpu, or install a driver"),
+        ("mps", 0, "device is 'mps', but torch sees no such GPU here"),
         ("cuda:2", 2, "device is 'cuda:2', but this machine has 2 GPU(s), counted from 0"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused_with_the_alternatives(monkeypatch, name, gpus, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         pick_device(name)
 
 
 def test_a_numbered_gpu_that_is_there_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)]  # for code that names none, such as the generators' states
+
+
+def test_an_apple_gpu_is_taken_where_there_is_no_other(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = pick_device("auto")
+    assert device.type == "mps"
+    assert pick_precision("auto", device).name == "fp32"
+    assert pick_precision("fp16", device).name == "fp16"
+
+
+@pytest.mark.parametrize("count", [0, -1, 100_000])
+def test_a_number_of_threads_that_no_machine_has_is_refused(count):
+    with pytest.raises(ConfigError, match=f"threads is {count}: choose between 1 and"):
+        runtime.set_threads(count)
 
 
 KEPT_MEMORY = """

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from utils.dataset import BatchedLoader
-from utils.lr_finder import RULES, SMOOTHING_WINDOW, LRRange, LRRangeError, find_lr, read_curve, smooth
+from utils.config import ConfigError, quick
+from utils.loaders import BatchedLoader
+from utils.lr_finder import ONSET, RULES, SMOOTHING_WINDOW, LRRange, LRRangeError, find_lr, find_range, read_curve, smooth
 from utils.runtime import Precision, seed_everything
 from utils.schedule import one_cycle
 from utils.transforms import BatchAugment
@@ -51,6 +52,10 @@ def test_the_rules_find_the_steepest_fall_and_the_minimum_wherever_they_lie(star
     # Behind the corner where the rise begins the curve still falls a little; the smoothing window spans both.
     assert math.log10(found.suggestions["minimum"] / start) == pytest.approx(steepest + gap, abs=4 * step + 0.2)
     assert found.suggestions["minimum/10"] == pytest.approx(found.suggestions["minimum"] / 10)
+    fall = losses[0] - found.smoothed.min()
+    at_onset = np.interp(math.log(found.suggestions["onset"]), np.log(lrs), found.smoothed)
+    assert ONSET * fall <= losses[0] - at_onset < (ONSET + 0.1) * fall + 0.05  # one point of the curve at most behind it
+    assert found.suggestions["onset"] < found.suggestions["steepest"]
     assert found.suggestions["steepest"] / 30 < found.suggestions["valley"] < found.suggestions["minimum"]
 
 
@@ -69,7 +74,7 @@ def test_each_rule_takes_its_two_named_suggestions(rule):
     low, high = RULES[rule]
     assert found.rule == rule
     assert (found.lr_min, found.lr_max) == (found.suggestions[low], found.suggestions[high])
-    assert set(found.suggestions) == {"steepest", "valley", "minimum/10", "minimum"}
+    assert set(found.suggestions) == {"onset", "steepest", "valley", "minimum/10", "minimum"}
     assert 1e-6 < found.lr_min < found.lr_max < 1
     assert set(found.suggestions.values()) - {found.suggestions["minimum/10"]} <= set(lrs)
 
@@ -270,8 +275,7 @@ def test_a_nan_in_mid_sweep_ends_it_and_the_curve_so_far_is_read(toy):
     found = sweep(model, loader, optimizer, falls_then_nan)
     assert len(found.losses) == 40
     assert np.isfinite(found.losses).all()
-    assert len(STEPPED_WITH) == 40  # no step was taken on the NaN
-    assert len(calls) == 41  # and no batch spent after it
+    assert len(calls) == 41  # no batch was spent after the NaN
 
 
 def test_single_bad_batches_of_a_set_learned_by_heart_do_not_end_the_sweep(toy):
@@ -300,6 +304,18 @@ def test_a_range_that_ends_before_the_minimum_is_an_error_with_the_setting(toy):
 
 def test_an_unknown_rule_is_answered_with_the_known_ones(toy):
     with pytest.raises(
-        ValueError, match="rule is 'guess': choose one of steepest-minimum, valley-minimum, tenth-minimum"
+        ConfigError, match="rule is 'guess': choose one of steepest-minimum, valley-minimum, tenth-minimum"
     ):
         sweep(*make(toy), rule="guess")
+
+
+@pytest.mark.parametrize("factors", [(0.5, 1.6), (1.0, 1.0)])
+def test_the_cycles_ends_may_be_multiples_of_what_the_rule_reads(toy, factors):
+    low, high = factors
+    model, loader, _ = make(toy)
+    settings = dict(batch_size=20, range_test_start=1e-5, range_test_end=100.0, range_test_steps=70)
+    found = find_range(model, loader, quick(**settings, lr_min_factor=low, lr_max_factor=high), FP32)
+    assert found.lr_min == low * found.suggestions["steepest"]
+    assert found.lr_max == high * found.suggestions["minimum"]
+    with pytest.raises(LRRangeError, match="lr_min_factor 1000000.0 .* choose factors that leave LRMIN below LRMAX"):
+        find_range(model, loader, quick(**settings, lr_min_factor=1e6), FP32)

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.schedule import BETA1_RANGE, one_cycle, one_cycle_beta1s, one_cycle_lrs
+from utils.config import full
+from utils.runtime import ConfigError
+from utils.schedule import BETA1_RANGE, one_cycle, one_cycle_beta1s, one_cycle_lrs, scheduler_for
 
 BETA1 = 0.9
 
@@ -84,12 +86,34 @@ def test_the_full_recipe_peaks_at_step_489():
         ((0.01, 0.1, 5, 5, 98), "epochs is 5 and peak_epoch is 5"),
         ((0.01, 0.1, 5, 0, 98), "epochs is 5 and peak_epoch is 0"),
         ((0.01, 0.1, 24, 5, 0), "steps_per_epoch is 0: an epoch has at least 1 batch"),
-        ((0.01, 0.1, 24, 1, 1), "the LR rises within a single step: use a smaller batch, or a later peak_epoch"),
+        ((0.01, 0.1, 24, 1, 1), "the LR would rise within a single step: with 1 batch an epoch, use a smaller --batch-size, or a later --peak-"),
     ],
 )
 def test_settings_that_make_no_cycle_are_refused_with_the_reason(cycle, message):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         one_cycle(optimizer, *cycle)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         one_cycle_lrs(*cycle)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "peak", "last"),
+    [
+        ("one-cycle", 1e-3, 1e-2, 1e-3),
+        ("constant", 1e-2, 1e-2, 1e-2),
+        ("no-warm-up", 1e-2, 1e-2, 1e-3),
+        ("annihilation", 1e-3, 1e-2, 1e-5),
+    ],
+)
+def test_an_ablations_schedule_changes_what_its_name_says(schedule, first, peak, last):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = scheduler_for(full(epochs=6, peak_epoch=2, schedule=schedule), optimizer, 1e-3, 1e-2, 10)
+    lrs = []
+    for _ in range(60):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(lrs) < 60:
+            scheduler.step()
+    np.testing.assert_allclose([lrs[0], lrs[19], lrs[-1]], [first, peak, last], rtol=1e-9)
+    assert max(lrs) <= 1e-2 * (1 + 1e-9)

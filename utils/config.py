@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from utils.runtime import ConfigError
 
@@ -103,7 +103,8 @@ class Config:
             if first["type"] == "unexpected_keyword_argument":
                 raise ConfigError(f"{name} is no setting: utils/config.py lists them all") from None
             reason = first["msg"].replace("Input should be", "it should be")
-            raise ConfigError(f"{name} is {first['input']!r}: {reason}") from None
+            value = values.kwargs[name] if isinstance(values, ArgsKwargs) else first["input"]
+            raise ConfigError(f"{name} is {value!r}: {reason}") from None
         config._check_together()
         return config
 
@@ -139,7 +140,7 @@ class Config:
 
     def to_dict(self) -> dict:
         """The settings as plain JSON values."""
-        return dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 def full(**changes) -> Config:

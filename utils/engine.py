@@ -28,13 +28,13 @@ from utils.schedule import scheduler_for
 BAR_SECONDS = 1.0  # how often the progress bar reads the metrics; each reading waits for the device
 
 
-def train_epoch(state: TrainState, loader: Iterable, description: str = "train") -> Metrics:
+def train_epoch(state: TrainState, loader: Iterable, description: str | None = None) -> Metrics:
     """One pass over ``loader``: a step of Adam, of the LR and of the weight average for each batch.
 
     Args:
         state: the run; changed in place.
         loader: (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
-        description: what the progress bar says.
+        description: what the progress bar says; None for no bar.
 
     Returns:
         Mean cross-entropy (without label smoothing) and accuracy over the epoch.
@@ -60,7 +60,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tenso
         The (B, C) logits and the loss, both from before the step, without gradients.
     """
     with state.precision.autocast():
-        logits = state.model(images)
+        logits = state.network(images)
     loss = state.criterion(logits.float(), labels)
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
@@ -106,23 +106,25 @@ def predict_batches(
 def fit(
     state: TrainState,
     train_loader,
-    test_loader: Iterable,
+    test_loader: Iterable | None,
     epochs: int,
     *,
     eval_every: int = 1,
     after_epoch: Callable[[TrainState], None] | None = None,
-    show: Callable[[str], None] = print,
+    show: Callable[[str], None] | None = print,
+    total: Callable[[Metrics], Metrics] = lambda metrics: metrics,
 ) -> History:
     """Train from where ``state`` stands to the last epoch, showing one row an epoch.
 
     Args:
         state: fresh from ``start``, or read from a checkpoint; changed in place.
         train_loader: its ``epoch`` is set, so that a resumed run sees what the uninterrupted one would have.
-        test_loader: tested for the curves; no decision depends on it.
+        test_loader: tested for the curves; no decision depends on it. None: no test.
         epochs: length of the whole run.
         eval_every: test after every so many epochs, and after the last one.
         after_epoch: called with ``state`` after each epoch, to save it, before the epoch's row is shown.
-        show: called with each line of the table.
+        show: called with each line of the table; None for no table and no progress bar.
+        total: adds up the train metrics of several processes.
 
     Returns:
         ``state.history``.
@@ -131,19 +133,21 @@ def fit(
         NonFiniteLossError: the epochs before are in ``state.history``.
     """
     history = state.history
-    show(table_header())
-    for epoch in range(history.epochs):  # those of a resumed run, so that the table is whole
-        show(table_row(history, epoch))
+    if show:
+        show(table_header())
+        for epoch in range(history.epochs):  # those of a resumed run, so that the table is whole
+            show(table_row(history, epoch))
     for epoch in range(history.epochs, epochs):
         began = time.perf_counter()
         train_loader.epoch = epoch
-        train = train_epoch(state, train_loader, f"epoch {epoch + 1}/{epochs}")
-        is_tested = (epoch + 1) % eval_every == 0 or epoch + 1 == epochs
+        train = total(train_epoch(state, train_loader, f"epoch {epoch + 1}/{epochs}" if show else None))
+        is_tested = test_loader is not None and ((epoch + 1) % eval_every == 0 or epoch + 1 == epochs)
         test = evaluate(state.tested_model, test_loader, precision=state.precision) if is_tested else None
         history.append(state.last_lr, train, test, time.perf_counter() - began)
         if after_epoch is not None:
             after_epoch(state)
-        show(table_row(history, epoch))
+        if show:
+            show(table_row(history, epoch))
     return history
 
 
@@ -159,6 +163,7 @@ class TrainState:
         criterion: the loss to minimize, called as ``criterion(logits, labels)``.
         precision: the forward pass runs under its autocast.
         averages: running averages of the weights; the first is the one tested, others ride along for comparison.
+        parallel: ``model`` wrapped for training on several devices, or None.
         last_lr: of the step before.
     """
 
@@ -169,8 +174,14 @@ class TrainState:
     scaler: torch.amp.GradScaler
     scheduler: LRScheduler | None = None
     averages: list[WeightAverage] = field(default_factory=list)
+    parallel: nn.Module | None = None
     history: History = field(default_factory=lambda: History())
     last_lr: float = float("nan")
+
+    @property
+    def network(self) -> nn.Module:
+        """What a training step calls."""
+        return self.parallel if self.parallel is not None else self.model
 
     @property
     def tested_model(self) -> nn.Module:
@@ -351,7 +362,7 @@ class RunningMetrics:
 
 
 def with_progress_bar(
-    loader: Iterable, state: TrainState, running: RunningMetrics, description: str
+    loader: Iterable, state: TrainState, running: RunningMetrics, description: str | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ``loader``'s batches, keep ``state.last_lr``, and read ``running`` for the bar now and then.
 
@@ -364,18 +375,19 @@ def with_progress_bar(
         step = running.first_bad_step()
         if step is not None:
             raise NonFiniteLossError(
-                f"{description}: the loss is not finite at step {step + 1}, where the LR was {lrs[step]:.2e}: lower "
+                f"{description or 'training'}: the loss is not finite at step {step + 1}, where the LR was {lrs[step]:.2e}: lower "
                 "lr_max (a third of it is a good next try), or check the images and labels for NaN"
             )
 
     bar_read = time.monotonic()
-    with tqdm(loader, desc=description, leave=False, unit="batch") as bar:  # an error must not leave half a bar
+    # Within "with", since an error must not leave half a bar.
+    with tqdm(loader, desc=description, leave=False, unit="batch", disable=description is None) as bar:
         for batch in bar:
             lrs.append(state.lr)
             state.last_lr = lrs[-1]
             torch.compiler.cudagraph_mark_step_begin()  # whatever CUDA graphs the last step used may be written over
             yield batch
-            if time.monotonic() - bar_read > BAR_SECONDS:
+            if description is not None and time.monotonic() - bar_read > BAR_SECONDS:
                 check()
                 metrics = running.read()
                 bar.set_postfix(loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2f}%", lr=f"{lrs[-1]:.5f}")

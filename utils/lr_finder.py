@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from utils.config import Config
 from utils.engine import TrainState, make_criterion, make_optimizer, train_step
-from utils.runtime import Precision, Session10Error, keep_freed_memory, rng_states, set_rng_states
+from utils.runtime import ConfigError, Precision, Session10Error, keep_freed_memory, rng_states, set_rng_states
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm announces that its notebook detection is experimental
@@ -111,10 +111,10 @@ def find_lr(
 
     Raises:
         LRRangeError: the loss never fell, or never rose again.
-        ValueError: an unknown rule.
+        ConfigError: an unknown rule.
     """
     if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
+        raise ConfigError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
     lrs, losses = _sweep(model, loader, optimizer, criterion, precision, start, end, steps)
     return read_curve(lrs, losses, rule)
 
@@ -273,6 +273,7 @@ def _sweep(model, loader, optimizer, criterion, precision, start, end, steps) ->
     model, optimizer = copy.deepcopy((model, optimizer))
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # left by a scheduler on the original; the library would refuse it
+    optimizer.zero_grad()
     epoch, states = getattr(loader, "epoch", None), rng_states()
     try:
         finder = _Sweep(TrainState(model, optimizer, criterion, precision, precision.grad_scaler()))

@@ -107,7 +107,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if not has[device.type]:
         raise ConfigError(f"device is {name!r}, but torch sees no such GPU here: use --device cpu, or install a driver")
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
+        if device.index is not None and device.index >= torch.cuda.device_count():
             raise ConfigError(
                 f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPU(s), counted from 0"
             )

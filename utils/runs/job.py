@@ -30,11 +30,13 @@ from utils.lr_finder import LRRange
 from utils.runs import figures, report
 from utils.runs.checkpoint import Checkpoint, CheckpointError, differences
 from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
+from utils.runs.ranks import Ranks
 from utils.runs.weights import WEIGHTS_NAME, save_weights
 from utils.runtime import say, write_atomically
 from utils.schedule import check_cycle
 from utils.transforms import normalize
 
+ALONE = Ranks()
 PATCH_IMAGES = 5000  # train images whose patches give the first filters, where the config asks for that
 SAVE_SECONDS = {"cpu": 0.0}  # between checkpoints; after every epoch on a CPU
 SAVE_SECONDS_ON_GPU = 10.0  # there an epoch takes less time than a checkpoint
@@ -78,6 +80,7 @@ class Job:
             validation run of it.
         run_dir: where checkpoints and results go.
         device: from ``runtime.pick_device``; None picks the best.
+        ranks: this process among those that train together (see utils/runs/ranks.py); alone unless told otherwise.
         resume: False refuses a folder that holds a run.
 
     Attributes:
@@ -98,6 +101,7 @@ class Job:
         run_dir: str | os.PathLike,
         *,
         device: torch.device | None = None,
+        ranks: Ranks = ALONE,
         resume: bool = True,
     ):
         self.config = config
@@ -105,6 +109,7 @@ class Job:
         self.device = device if device is not None else runtime.pick_device()
         self.precision = runtime.pick_precision(config.precision, self.device)
         self.folder = RunFolder(run_dir, mirror_from_environment(run_dir))
+        self.ranks = ranks
         self.resume = resume
         self.lr_range: LRRange | None = None
         self.state: engine.TrainState | None = None
@@ -115,8 +120,9 @@ class Job:
 
     def __enter__(self) -> Job:
         with ExitStack() as stack:
-            stack.enter_context(self.folder)
-            if self.folder.holds_checkpoint and not self.resume:
+            if self.ranks.is_first:
+                stack.enter_context(self.folder)
+            if self.ranks.share(self.folder.holds_checkpoint) and not self.resume:
                 raise CheckpointError(
                     f"{self.folder.path} already holds a run: add --resume to go on with it, or choose another --run-dir"
                 )
@@ -137,7 +143,12 @@ class Job:
     def _prepare(self) -> None:
         config, dataset = self.config, self.dataset
         runtime.seed_everything(config.seed, config.deterministic)
-        self.train_loader, self.test_loader = make_loaders(dataset, config, self.device, self.precision.dtype)
+        loaders = functools.partial(make_loaders, dataset, config, self.device, self.precision.dtype)
+        self.train_loader, self.test_loader = loaders(rank=self.ranks.rank, world=self.ranks.world)
+        if self.ranks.world > 1 and self.ranks.is_first:  # the range test and every test are rank 0's alone
+            self._whole_train_loader, self.test_loader = loaders()
+        else:
+            self._whole_train_loader = self.train_loader
         ends = (config.lr_min, config.lr_max) if config.lr_min else (config.range_test_start, config.range_test_end)
         check_cycle(*ends, config.epochs, config.peak_epoch, len(self.train_loader))
         patches = None
@@ -147,7 +158,7 @@ class Job:
         if config.packed == "on" or (config.packed == "auto" and packing_pays(self.precision.name, self.device)):
             pack_small_maps(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self._checkpoint = self.folder.load()
+        self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
         if self._checkpoint is not None:
             self._record = self._checkpoint.record
             self._check_same_run()
@@ -165,11 +176,13 @@ class Job:
 
     def _say_if_moved(self) -> None:
         """A run that began elsewhere goes on correctly, but no longer bit for bit."""
-        here = (runtime.device_name(self.device), self.precision.name, f"torch {runtime.versions()['torch']}")
         record = self._record
+        here = (runtime.device_name(self.device), self.precision.name, f"torch {runtime.versions()['torch']}")
         there = (record["device"], record["precision"], f"torch {record['versions']['torch']}")
         moved = [f"{old} then, {new} now" for old, new in zip(there, here) if old != new]
-        if moved:
+        if record["world"] != self.ranks.world:
+            moved.append(f"{record['world']} processes then, {self.ranks.world} now")
+        if moved and self.ranks.is_first:
             say(
                 f"the run began elsewhere ({'; '.join(moved)}): its end is as good, but not bit-identical to what it "
                 "would have been there"
@@ -183,19 +196,25 @@ class Job:
             LRRangeError: the range test's curve has no answer.
         """
         if self._record is None:
-            began = time.perf_counter()
-            lr_range = lr_finder.find_range(self.model, self.train_loader, self.config, self.precision)
-            seconds = time.perf_counter() - began
-            self._record = report.run_record(self.config, lr_range, seconds, self.dataset, self.precision)
+            if self.ranks.is_first:
+                began = time.perf_counter()
+                lr_range = lr_finder.find_range(self.model, self._whole_train_loader, self.config, self.precision)
+                seconds = time.perf_counter() - began
+                self._record = report.run_record(
+                    self.config, lr_range, seconds, self.dataset, self.precision, self.ranks.world
+                )
+            self._record = self.ranks.share(self._record)
         self.lr_range = lr_range = LRRange.from_dict(self._record["lr_range"])
         self.state = engine.start(
             self.model, self.config, lr_range.lr_min, lr_range.lr_max, len(self.train_loader), self.precision
         )
+        self.state.criterion = self.ranks.weigh(self.state.criterion)
         if self._checkpoint is None:
             self._save(self.state)
         else:
             self._checkpoint.restore(self.folder.checkpoint, self.state)
             self.resumed_epochs, self._checkpoint = self.state.history.epochs, None
+        self.state.parallel = self.ranks.parallel(self.model, self.device) if self.ranks.world > 1 else None
         self._saved_at = time.monotonic()
         return lr_range
 
@@ -212,11 +231,12 @@ class Job:
         return engine.fit(
             self.state,
             self.train_loader,
-            self.test_loader,
+            self.test_loader if self.ranks.is_first else None,
             config.epochs,
             eval_every=config.eval_every,
             after_epoch=self._save_now_and_then,
-            show=say,
+            show=say if self.ranks.is_first else None,
+            total=self.ranks.total,
         )
 
     def _save_now_and_then(self, state: engine.TrainState) -> None:
@@ -226,13 +246,14 @@ class Job:
             self._saved_at = time.monotonic()
 
     def _save(self, state: engine.TrainState) -> None:
-        self.folder.save(Checkpoint.of(state, self._record))
+        if self.ranks.is_first:
+            self.folder.save(Checkpoint.of(state, self._record))
 
     @_explained
     def finish(self, note: str = "") -> Results:
         """The final test, then the results in the run's folder: weights, log, metrics.json, and last the figures.
 
-        A figure that cannot be drawn is a warning: nothing else waits for it.
+        A figure that cannot be drawn is a warning: nothing else waits for it. Of several ranks, the first does this.
 
         Raises:
             ResultsError: the results cannot be written; every epoch is kept, and finishing again is all that is needed.
@@ -279,6 +300,11 @@ class Job:
             str(decay): {"accuracy": one.accuracy, "accuracy_tta": both.accuracy, "loss": one.loss, "loss_tta": both.loss}
             for decay, (one, both) in zip(decays, tested)
         }
+
+    @property
+    def is_resumed(self) -> bool:
+        """True where the folder held this run already."""
+        return self._record is not None and (self._checkpoint is not None or self.resumed_epochs > 0)
 
     def kept(self) -> str:
         """What a run that ends now leaves behind, in words."""

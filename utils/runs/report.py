@@ -71,7 +71,12 @@ class ResultsError(Session10Error):
 
 
 def run_record(
-    config: Config, lr_range: LRRange, range_test_seconds: float, dataset: ImageDataset, precision: Precision
+    config: Config,
+    lr_range: LRRange,
+    range_test_seconds: float,
+    dataset: ImageDataset,
+    precision: Precision,
+    world: int = 1,
 ) -> dict:
     """What is known before the first epoch, as plain JSON values: kept in every checkpoint, quoted with the results."""
     return {
@@ -84,6 +89,7 @@ def run_record(
         "fingerprint": dataset.fingerprint(),
         "device": runtime.device_name(precision.device),
         "precision": precision.name,
+        "world": world,
         "versions": runtime.versions(),
         "commit": runtime.code_commit(),
     }
@@ -160,7 +166,7 @@ def build_metrics(
         "wall_seconds": float(sum(history.seconds)),
         **{
             name: record[name]
-            for name in ("range_test_seconds", "device", "precision", "versions", "data", "source", "commit", "config")
+            for name in ("range_test_seconds", "device", "precision", "world", "versions", "data", "source", "commit", "config")
         },
         "history": history.to_dict(),
         "note": note,

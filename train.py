@@ -23,8 +23,9 @@ from models import CustomResNet
 from utils import config as configs
 from utils import runtime
 from utils.checkpoint import CheckpointError, RunFolder, RunLockedError, run_folder_from_environment
-from utils.dataset import DatasetError, ImageDataset, load_dataset, make_loaders
+from utils.dataset import DatasetError, ImageDataset, load_dataset
 from utils.engine import NonFiniteLossError, TrainState, find_range, fit, start
+from utils.loaders import make_loaders
 from utils.lr_finder import LRRange, LRRangeError
 from utils.report import (
     build_metrics,

@@ -17,7 +17,6 @@ from torch import nn
 
 from utils import engine, runtime
 from utils.config import quick
-from utils.dataset import BatchedLoader, make_loaders
 from utils.engine import (
     NonFiniteLossError,
     RunningMetrics,
@@ -31,6 +30,7 @@ from utils.engine import (
     table_header,
     train_epoch,
 )
+from utils.loaders import BatchedLoader, make_loaders
 from utils.runtime import CompileError, Precision, keep_freed_memory, pick_device, pick_precision, seed_everything
 from utils.schedule import one_cycle_lrs
 from utils.transforms import normalize

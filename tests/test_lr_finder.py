@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from utils.dataset import BatchedLoader
+from utils.loaders import BatchedLoader
 from utils.lr_finder import RULES, SMOOTHING_WINDOW, LRRange, LRRangeError, find_lr, read_curve, smooth
 from utils.runtime import Precision, seed_everything
 from utils.schedule import one_cycle

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from utils.config import Config
 from utils.engine import History, TrainState
+from utils.runtime import write_atomically
 
 MAGIC = b"session10-checkpoint-1"
 COPY_ATTEMPTS = 3  # at a mounted drive, which may be away for a moment
@@ -282,42 +283,10 @@ def run_folder_from_environment(default: str | os.PathLike) -> RunFolder:
     return RunFolder(default, mirror if mirror.resolve() != default.resolve() else None)
 
 
-def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replace ``path`` by ``content`` in one step that a crash or a full disk cannot split.
-
-    Args:
-        path: the file to write.
-        content: its new bytes.
-        keep: where the file that was there goes, instead of being lost. A crash may leave it there with no ``path``.
-
-    Raises:
-        OSError: it could not be written; ``path`` and ``keep`` are as before.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the folder may be read-only or gone
-            part.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # flush the renames too; Windows and some network drives cannot
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _remove_parts(folder: Path) -> None:
     """Remove what a killed process left half written."""
     with contextlib.suppress(OSError):
-        for part in folder.glob("*.part"):
+        for part in folder.glob(".*.s10part"):
             part.unlink()
 
 

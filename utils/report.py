@@ -23,8 +23,9 @@ from utils import plotting, runtime
 from utils.analysis import Predictions, confident_mistakes, confusion_matrix, per_class_accuracy, predict
 from utils.checkpoint import rounded_to_half, save_weights, write_atomically
 from utils.config import Config
-from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, BatchedLoader, ImageDataset
+from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, ImageDataset
 from utils.engine import History, table_header, table_row
+from utils.loaders import BatchedLoader
 from utils.lr_finder import LRRange
 from utils.runtime import Precision
 from utils.schedule import one_cycle_beta1s, one_cycle_lrs

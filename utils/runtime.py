@@ -18,6 +18,10 @@ import torch
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+class Session10Error(RuntimeError):
+    """What stops a run and its user can mend: the message names the value or file, the reason and the fix."""
+
+
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python's, NumPy's and torch's global generators.
 
@@ -231,3 +235,35 @@ def code_commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Replace ``path`` by ``content`` in one step that a crash or a full disk cannot split.
+
+    Args:
+        path: the file to write.
+        content: its new bytes.
+        keep: where the file that was there goes, instead of being lost. A crash may leave it there with no ``path``.
+
+    Raises:
+        OSError: it could not be written; ``path`` and ``keep`` are as before.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.s10part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the folder may be read-only or gone
+            part.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # flush the renames too; Windows and some network drives cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -36,6 +36,8 @@ ARCHIVE_URLS = (
 OFFLINE_AFTER_SECONDS = 8.0  # a host that has not answered by then is taken for out of reach
 STALL_SECONDS = 30.0
 
+pooch.get_logger().setLevel("WARNING")  # that a download starts, the progress bar says
+
 
 class OfflineError(DatasetError):
     """No host of the archive answered in time."""

@@ -130,14 +130,15 @@ def _decode_cached(
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     cache = cache_folder / f"{of_folder}-{digest.hexdigest()[:16]}.npz"
     shapes = {split: (len(listing), IMAGE_SIZE, IMAGE_SIZE, 3) for split, listing in listings.items()}
-    if cache.is_file():
-        try:
-            with np.load(cache, allow_pickle=False) as stored:
-                images = {split: stored[split] for split in listings}
-            if all(images[split].shape == shape and images[split].dtype == np.uint8 for split, shape in shapes.items()):
-                return images
-        except Exception as error:  # zip, CRC, format and I/O errors alike: the pictures are still there
-            warnings.warn(f"{cache} is damaged ({error}); decoding the images again", stacklevel=3)
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            images = {split: stored[split] for split in listings}
+        if all(images[split].shape == shape and images[split].dtype == np.uint8 for split, shape in shapes.items()):
+            return images
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception as error:  # zip, CRC, format and I/O errors alike: the pictures are still there
+        warnings.warn(f"{cache} cannot be used ({error}); decoding the images again", stacklevel=3)
 
     images = {split: np.empty(shape, np.uint8) for split, shape in shapes.items()}
     into = [row for split in listings for row in images[split]]

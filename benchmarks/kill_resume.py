@@ -28,7 +28,7 @@ from torch import Tensor
 import train
 from utils import runtime
 from utils.checkpoint import RunFolder, decode, write_atomically
-from utils.dataset import DatasetError, ImageDataset, load_dataset, load_digits
+from utils.dataset import DatasetError, ImageDataset, load_dataset
 from utils.report import WEIGHTS_NAME
 
 RESULT = Path(__file__).parent / "results" / "kill_resume.json"
@@ -213,7 +213,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         named = args.data_dir or os.environ.get("CIFAR10_DIR")
-        dataset = (load_dataset(named) if named else load_digits()).subset(TRAIN_IMAGES, TEST_IMAGES)
+        dataset = (load_dataset(named) if named else load_dataset(source="digits")).subset(TRAIN_IMAGES, TEST_IMAGES)
     except DatasetError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:

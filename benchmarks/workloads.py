@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.reference import make_reference_model, make_reference_optimizer, train_reference_epoch
 from models import CustomResNet
 from utils.config import Config
-from utils.dataset import CIFAR10_CLASSES, ImageDataset, make_loaders
+from utils.dataset import CIFAR10_CLASSES, ImageDataset
 from utils.engine import evaluate, make_criterion, start, train_epoch
+from utils.loaders import make_loaders
 from utils.runtime import Precision, seed_everything
 
 MIB = 1 << 20

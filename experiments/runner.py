@@ -23,8 +23,9 @@ from utils import runtime
 from utils.analysis import per_class_accuracy
 from utils.checkpoint import save_weights, write_atomically
 from utils.config import Config, full, quick
-from utils.dataset import ImageDataset, make_loaders
+from utils.dataset import ImageDataset
 from utils.engine import NonFiniteLossError, TrainState, advance, find_range, fit, make_criterion, start
+from utils.loaders import make_loaders
 from utils.lr_finder import LRRange, LRRangeError
 from utils.report import close_history, duration, final_test, run_record
 from utils.transforms import BatchAugment

@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from utils import dataset as dataset_module
 from utils.dataset import CIFAR10_CLASSES, ImageDataset, load_dataset
 
 THREADS = 2  # fixed: the same thread count gives bit-identical CPU runs
@@ -45,6 +46,16 @@ def toy() -> ImageDataset:
         return np.clip(colour + noise, 0, 255).astype(np.uint8), labels
 
     return ImageDataset(*split(60), *split(30), CIFAR10_CLASSES, "image-folder", "toy images")
+
+
+@pytest.fixture
+def project_root(tmp_path, monkeypatch):
+    """A project folder of the test's own, so that no cache or download lands in the real one; names no data folder."""
+    root = tmp_path / "project"
+    root.mkdir()
+    monkeypatch.setattr(dataset_module, "PROJECT_ROOT", root)
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    return root
 
 
 @pytest.fixture

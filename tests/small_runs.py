@@ -16,8 +16,9 @@ from benchmarks.kill_resume import RunProcess
 from utils import checkpoint, engine
 from utils.checkpoint import RunFolder, decode
 from utils.config import Config
-from utils.dataset import ImageDataset, make_loaders
+from utils.dataset import ImageDataset
 from utils.engine import TrainState, start
+from utils.loaders import make_loaders
 from utils.runtime import Precision, seed_everything
 
 EPOCHS = 4

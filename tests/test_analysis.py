@@ -10,7 +10,7 @@ from torch import nn
 
 from utils import analysis
 from utils.analysis import Predictions
-from utils.dataset import BatchedLoader
+from utils.loaders import BatchedLoader
 from utils.runtime import Precision
 
 FP32 = Precision("fp32", torch.device("cpu"))

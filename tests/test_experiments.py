@@ -26,8 +26,9 @@ from experiments.variants import (
 )
 from models import CustomLayer, CustomResNet
 from utils.config import quick
-from utils.dataset import ImageDataset, make_loaders
+from utils.dataset import ImageDataset
 from utils.engine import start
+from utils.loaders import make_loaders
 from utils.runtime import Precision
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import CustomLayer, CustomResNet
-from utils.dataset import read_image
+from utils.sources.image_folder import read_image
 from utils.transforms import normalize
 
 

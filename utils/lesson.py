@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models import CustomLayer, CustomResNet
 
+
 def gradient_norms(depth: int, skip: bool, batch_norm: bool, width: int = 32, seed: int = 0) -> np.ndarray:
     """How large the loss's gradient still is at each block of an untrained network.
 

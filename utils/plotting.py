@@ -41,7 +41,6 @@ STYLE = {
 }
 WIDTH = 8.5  # inches; at 150 dpi a little more than a README is wide
 DPI = 150
-MOST_NAMES = 50  # class names on one axis; of more classes only every second, third, ... is named
 MOST_CELLS = 16  # classes whose confusion matrix has room for a number in every cell
 
 styled = mpl.rc_context(STYLE)  # a decorator: what the function draws is drawn in our style
@@ -87,10 +86,10 @@ def _fit(name: str, columns: int) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-def _name_ticks(axis, names: Sequence[str], **options) -> None:
-    """Name the positions 0, 1, ... of an x or y axis; of very many only as many as can be read."""
-    shown = range(0, len(names), -(-len(names) // MOST_NAMES))
-    axis.set_ticks(shown, [names[i] for i in shown], fontsize=9 if len(names) > 20 else 10, **options)
+def _name_ticks(axis, names: Sequence[str], most: int, **options) -> None:
+    """Name the positions 0, 1, ... of an x or y axis; of more than ``most`` every second, third, ..."""
+    shown = range(0, len(names), -(-len(names) // most))
+    axis.set_ticks(shown, [names[i] for i in shown], fontsize=9, **options)
     axis.set_tick_params(length=0)
 
 
@@ -216,7 +215,7 @@ def activation_maps(
         title: over the whole.
     """
     columns = max(len(pictures), 8)
-    figure, axes = _picture_axes(3.2 * 8 / columns, 2, columns)
+    figure, axes = _picture_axes(2.95 * 8 / columns, 2, columns)
     for above, below, picture, evidence, answer, truth in zip(*axes, pictures, maps, predicted, true):
         color = "black" if answer == truth else RED
         _show_picture(above, picture, _fit(answer, columns), f"is {_fit(truth, columns + 2)}", color)
@@ -246,7 +245,7 @@ def lr_range_test(
         lr_min, lr_max: the range in use.
     """
     rows = len(suggestions)
-    figure, (axis, rules) = new_figure(3.9 + 0.23 * rows, 2, sharex=True, height_ratios=(3.2, 0.1 + 0.23 * rows))
+    figure, (axis, rules) = new_figure(4.1 + 0.23 * rows, 2, sharex=True, height_ratios=(3.2, 0.1 + 0.23 * rows))
     axis.plot(lrs, losses, color=GREY, lw=0.8, alpha=0.7, label="loss of each batch")
     axis.plot(lrs, smoothed, color=BLUE, label="smoothed")
     top = float(np.median(losses[:10])) * 1.35
@@ -260,12 +259,13 @@ def lr_range_test(
     for row, lr in enumerate(suggestions.values()):
         color = RED if np.isclose(lr, (lr_min, lr_max)).any() else GREY
         height = float(np.interp(np.log(lr), np.log(lrs), smoothed))
-        axis.plot(lr, height, "o", color=color, ms=5, mec="white", zorder=3 if color == RED else 2.5)
-        rules.plot(lr, row, "o", color=color, ms=7, mec="white", zorder=3)
+        axis.plot(lr, height, "o", color=color, ms=8, mec="white", zorder=4 if color == RED else 3)
+        rules.plot(lr, row, "o", color=color, ms=8, mec="white", zorder=3)
     rules.set_yticks(range(rows), [f"{name} {lr:.1e}" for name, lr in suggestions.items()], fontsize=9)
     rules.set_ylim(rows - 0.4, -0.6)  # the first on top
     rules.tick_params(axis="y", length=0)
-    rules.set_xlabel("learning rate (log scale); below: what each rule suggests, in red the ones in use")
+    rules.set_title("what each rule suggests; red: in use", fontsize=9, fontweight="normal")
+    rules.set_xlabel("learning rate (log scale)")
     _log_axis(rules.xaxis, ".0e", subs=(1,))
     axis.set_ylabel("training loss")
     axis.set_title("LR range test: the cycle runs over the shaded range")
@@ -363,10 +363,10 @@ def training_curves(
     if len(train_loss) > 2 * peak_epoch:  # the first epochs would squeeze all that follows into the top of the axis
         late = np.array([*train_accuracy[peak_epoch - 1 :], *test_accuracy[peak_epoch - 1 :]], dtype=float)
         low = max(0, 5 * (np.nanmin(late) // 5 - 1))
-        right.set_ylim(low, 100)
+        right.set_ylim(low, min(100, right.get_ylim()[1]))
         right.set_title(f"Accuracy (axis starts at {low:.0f}%)")
-    left.legend(loc="upper right")
-    right.legend(loc="lower right")
+    for axis in (left, right):
+        axis.legend(loc="best")
     return figure
 
 
@@ -408,8 +408,11 @@ def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     mistaken = np.where(np.eye(count, dtype=bool), np.nan, percent)
     highest = max(1.0, np.nanmax(mistaken))
     edges = np.arange(count + 1) - 0.5  # of the cells, whose centres are 0, 1, ...
-    lines = {"edgecolors": "white", "linewidth": 1} if count <= MOST_NAMES else {}
-    figure, axis = new_figure(6.6)
+    names = [_fit(name, 4) for name in classes]
+    longest = max(map(len, names))
+    upright = {"rotation": 90} if count * longest > 80 else {}
+    figure, axis = new_figure(6.6 + (0.07 * longest if upright else 0))
+    lines = {"edgecolors": "white", "linewidth": 1} if count <= 50 else {}
     mesh = axis.pcolormesh(edges, edges, mistaken, cmap="Blues", vmin=0, vmax=highest, **lines)
     figure.colorbar(mesh, label="% of the true class taken for another", shrink=0.8).outline.set_visible(False)
     for row, column in np.argwhere(percent >= 0.05) if count <= MOST_CELLS else ():
@@ -424,16 +427,15 @@ def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
             fontweight="bold" if correct else "normal",
             color="white" if not correct and value > 0.6 * highest else "black",
         )
-    names = [_fit(name, 4) for name in classes]
-    _name_ticks(axis.xaxis, names, rotation=90 if count * max(map(len, names)) > 80 else 0)
-    _name_ticks(axis.yaxis, names)
+    _name_ticks(axis.xaxis, names, most=30, **upright)
+    _name_ticks(axis.yaxis, names, most=30)
     axis.set_aspect("equal")
     axis.invert_yaxis()
     axis.spines[:].set_visible(False)
     axis.grid(False)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title("Confusion matrix, percent of each true class (diagonal: correct)")
+    _headline(figure, "Confusion matrix, percent of each true class (diagonal: correct)")
     return figure
 
 
@@ -452,7 +454,7 @@ def class_accuracy(accuracies: np.ndarray, classes: Sequence[str], mean: float) 
     bars = np.nan_to_num(values[order])
     axis.barh(np.arange(len(order)), bars, color=np.where(bars >= mean, BLUE, ORANGE), height=0.72)
     axis.axvline(mean, color="black", ls="--", lw=1.2)
-    _name_ticks(axis.yaxis, [f"{_fit(classes[i], 4)}  {_percent(values[i])}" for i in order])
+    _name_ticks(axis.yaxis, [f"{_fit(classes[i], 4)}  {_percent(values[i])}" for i in order], most=50)
     axis.set_ylim(len(order) - 0.4, -0.6)  # the first on top
     axis.set_xlim(0, 100)
     axis.grid(axis="y", visible=False)
@@ -478,7 +480,7 @@ def effects(
     reference: int | None = None,
     decimals: int = 1,
 ) -> Figure:
-    """A row for every variant: each seed a grey dot, the mean with its error bar.
+    """A row for every variant: the mean with its error bar, and below it each seed as a grey dot.
 
     Args:
         names: V strings, the first on top.
@@ -496,7 +498,7 @@ def effects(
         color = ORANGE if row == reference else BLUE
         if row == reference:
             axis.axvline(mean, color=color, ls="--", lw=1.2)
-        axis.plot(values, [row] * len(values), "o", color=GREY, mec="none", alpha=0.7, ms=4, zorder=2)
+        axis.plot(values, [row + 0.25] * len(values), "o", color=GREY, mec="none", alpha=0.7, ms=4)
         axis.errorbar(mean, row, xerr=error, fmt="o", color=color, ms=6, capsize=3, lw=1.6, zorder=3)
     axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set_ylim(len(names) - 0.5, -0.5)
@@ -521,12 +523,16 @@ def scaling(curves: dict[str, Sequence[dict[str, float]]]) -> Figure:
     for (title, points), above, below in zip(curves.items(), *axes):
         column = {name: np.array([point[name] for point in points], dtype=float) for name in points[0]}
         by_batch = len(set(column["batch_size"])) > 1
-        x, seconds, memory = column["batch_size" if by_batch else "images"], column["seconds"], column["peak_memory_mib"]
+        x, seconds, memory = (
+            column["batch_size" if by_batch else "images"],
+            column["seconds"],
+            column["peak_memory_mib"],
+        )
         above.plot(x, seconds[-1] * x / x[-1], "--", color=GREY, lw=1.2, label="in proportion")
         above.plot(x, seconds, "o", color=BLUE, ms=5, label="measured")
         if not by_batch:
             grown = memory[0] + column["images_mib"] - column["images_mib"][0]
-            below.plot(x, grown, "--", color=GREY, lw=1.2, label="growth of the images alone")
+            below.plot(x, grown, "--", color=GREY, lw=1.2, label="the images alone", zorder=3)
         below.plot(x, memory, "o-", color=BLUE, ms=5, label="measured")
         below.set_ylim(memory.min() / 3, memory.max() * 3)  # so that flat looks flat
         for axis in (above, below):
@@ -534,7 +540,7 @@ def scaling(curves: dict[str, Sequence[dict[str, float]]]) -> Figure:
             axis.legend(loc="upper left")
         _log_axis(below.xaxis)
         below.set_xticks(x, [f"{value:,.0f}" for value in x])
-        above.set_title(title)
+        above.set_title(title.replace(", by", ",\nby"), fontsize=10)
         below.set_xlabel("batch size" if by_batch else "images")
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak memory, MiB")

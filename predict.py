@@ -12,9 +12,9 @@ from pathlib import Path
 
 from models import CustomResNet
 from utils import report, runtime
+from utils.analysis import classify_file
 from utils.checkpoint import CheckpointError, load_weights
 from utils.dataset import CIFAR10_CLASSES, DatasetError, load_dataset
-from utils.lesson import classify_file
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 import torch
 
 from benchmarks.workloads import MIB, Workload, measure
+from utils import plotting
 
 IMAGE_BYTES = 32 * 32 * 3
 
@@ -66,27 +66,5 @@ def measure_scaling(args: argparse.Namespace, device: torch.device, precision: s
 
 
 def plot_scaling(result: dict, path: Path) -> None:
-    """Seconds (above) and peak memory (below) of every curve, with the straight line through the largest point."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, len(result["curves"]), figsize=(13, 6.5), sharex="col", constrained_layout=True)
-    for (title, points), (above, below) in zip(result["curves"].items(), axes.T):
-        key = "batch_size" if "batch" in title else "images"
-        x = [point[key] for point in points]
-        above.plot(x, [point["seconds"] for point in points], "o", label="measured")
-        above.plot([0, x[-1]], [0, points[-1]["seconds"]], "--", color="gray", label="linear through the largest")
-        above.set(title=title, ylabel="seconds", xlim=(0, None), ylim=(0, None))
-        below.plot(x, [point["peak_memory_mib"] for point in points], "o-", label="peak memory")
-        if key == "images":
-            data = [points[0]["peak_memory_mib"] + point["images_mib"] - points[0]["images_mib"] for point in points]
-            below.plot(x, data, "--", color="gray", label="growth of the images alone")
-        below.set(
-            xlabel=key.replace("_", " "),
-            ylabel="MiB",
-            ylim=(0, 1.2 * max(point["peak_memory_mib"] for point in points)),
-        )
-        above.legend()
-        below.legend()
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
+    """Draw what ``measure_scaling`` returned into a PNG file."""
+    print(f"written: {plotting.save_figure(plotting.scaling(result['curves']), path)}")

@@ -6,8 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from torch import nn
 
+from models import CustomResNet
 from utils import analysis
 from utils.analysis import Predictions
 from utils.loaders import BatchedLoader
@@ -37,9 +39,10 @@ def test_confusion_matrix_has_true_classes_down_and_answers_across():
     assert analysis.confusion_matrix(SMALL).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
 
 
-def test_class_accuracy_is_printed_as_in_the_assignment_and_nan_without_images():
+def test_class_accuracy_is_printed_as_in_the_assignment_and_unknown_without_images():
     lines = analysis.class_accuracy_lines(SMALL, ("plane", "car", "bird"))
     assert lines[0] == "Accuracy for class: plane is 50.0 %"
+    assert lines[2] == "Accuracy for class: bird is unknown (no images)"
     assert np.isnan(analysis.per_class_accuracy(SMALL)[2])
 
 
@@ -102,3 +105,19 @@ def test_predictions_keep_the_loaders_order_and_tta_averages_the_mirror_image(to
     assert mirrored.probabilities == pytest.approx(logits.softmax(1).numpy(), abs=1e-6)
     assert not np.allclose(plain.probabilities, mirrored.probabilities)
     assert model.training
+
+
+def test_a_picture_file_of_any_size_gets_the_most_probable_of_the_models_own_classes(tmp_path, toy):
+    torch.manual_seed(0)
+    model, classes = CustomResNet(num_classes=3), ("crow", "owl", "jay")
+    picture = tmp_path / "wide.jpg"
+    Image.fromarray(toy.test_images[0]).resize((300, 200)).save(picture)
+    answers = analysis.classify_file(model, picture, classes, top=2)
+    assert len(answers) == 2
+    assert answers[0][1] >= answers[1][1] > 0
+    everything = analysis.classify_file(model, picture, classes, top=99)
+    assert {name for name, _ in everything} == set(classes)
+    assert sum(probability for _, probability in everything) == pytest.approx(1)
+    assert everything[:2] == answers
+    with pytest.raises(ValueError, match="10 class names for a network of 3 outputs"):
+        analysis.classify_file(model, picture, toy.classes)

@@ -64,17 +64,6 @@ def test_activation_maps_are_images_between_0_and_1_and_leave_no_gradient(model,
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_picture_file_of_any_size_gets_the_most_probable_classes(model, tmp_path, toy):
-    picture = tmp_path / "wide.jpg"
-    Image.fromarray(toy.test_images[0]).resize((300, 200)).save(picture)
-    answers = lesson.classify_file(model, picture, toy.classes)
-    probabilities = [probability for _, probability in answers]
-    assert len(answers) == 3
-    assert probabilities == sorted(probabilities, reverse=True)
-    assert 0 < sum(probabilities) <= 1
-    assert len(lesson.classify_file(model, picture, toy.classes, top=99)) == 10
-
-
 def test_predict_names_the_picture_and_three_classes(weights, tmp_path, toy, capsys):
     picture = tmp_path / "picture.png"
     Image.fromarray(toy.test_images[0]).save(picture)

@@ -1,10 +1,14 @@
-"""Figures: what a reader must find in them."""
+"""Figures: what a reader must find in them, and be able to read."""
 
+import colorsys
 import io
+import itertools
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from utils import plotting
@@ -12,29 +16,149 @@ from utils import plotting
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
 CLASSES = ("plane", "car", "bird")
+LONG = tuple(f"Staffordshire bull terrier {number}" for number in range(12))
+LRS = np.logspace(-6, 0, 100)
+SUGGESTIONS = {"onset": 2e-5, "steepest": 3.5e-4, "valley": 1e-4, "minimum/10": 3.4e-4, "minimum": 3.4e-3}
+
+
+def words_of(figure: Figure) -> list[Text]:
+    """Every text that is seen, laid out."""
+    figure.draw_without_rendering()
+    found = list(figure.texts)
+    for axis in figure.axes:
+        if not axis.axison:
+            found += axis.texts
+            continue
+        found += [axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
+        found += axis.get_legend().get_texts() if axis.get_legend() else []
+        for ticked, (low, high) in ((axis.xaxis, sorted(axis.get_xlim())), (axis.yaxis, sorted(axis.get_ylim()))):
+            found += [label for label, at in zip(ticked.get_ticklabels(), ticked.get_ticklocs()) if low <= at <= high]
+    return [text for text in found if text.get_visible() and text.get_text().strip()]
 
 
 def texts(figure: Figure) -> str:
     """Every visible word of a figure."""
-    found = [figure._suptitle.get_text()] if figure._suptitle else []
-    for axis in figure.axes:
-        found += [axis.get_title(loc) for loc in ("left", "center")] + [axis.get_xlabel(), axis.get_ylabel()]
-        found += [text.get_text() for text in axis.texts]
-        found += [text.get_text() for text in axis.get_legend().get_texts()] if axis.get_legend() else []
-        found += [label.get_text() for label in (*axis.get_xticklabels(), *axis.get_yticklabels())]
-    return "\n".join(found)
+    return "\n".join(text.get_text() for text in words_of(figure))
 
 
-def mistakes(count: int) -> Figure:
-    return plotting.misclassified(PICTURES[:count], ["cat"] * count, ["dog"] * count, [0.97] * count, [0.015] * count)
+def mistakes(count: int, answer: str = "cat") -> Figure:
+    return plotting.misclassified(PICTURES[:count], [answer] * count, ["dog"] * count, [0.97] * count, [0.015] * count)
+
+
+def range_test() -> Figure:
+    losses = 2.3 - 0.7 / (1 + np.exp(-(np.log10(LRS) + 3.4) * 2)) + np.maximum(np.log10(LRS) + 2.3, 0) ** 2
+    return plotting.lr_range_test(LRS, losses, losses, SUGGESTIONS, 3.5e-4, 3.4e-3)
+
+
+def cycle(epochs: int, peak: int) -> Figure:
+    lrs = np.interp(np.arange(10 * epochs), [0, 10 * peak - 1, 10 * epochs - 1], [8e-4, 8e-3, 8e-4])
+    return plotting.one_cycle(lrs, epochs, peak, beta1s=np.full(len(lrs), 0.9), annihilated=lrs / 2)
+
+
+def curves(epochs: int, peak: int, best: float, every: int = 1) -> Figure:
+    shape = 1 - np.exp(-np.arange(1, epochs + 1) / epochs * 4)
+    tested = [value if (epoch + 1) % every == 0 else None for epoch, value in enumerate(best * shape)]
+    losses = [None if value is None else 2.3 - value / 50 for value in tested]
+    return plotting.training_curves(2.3 - 2 * shape, losses, best * shape**2, tested, peak)
+
+
+def heatmap(classes) -> Figure:
+    return plotting.confusion_heatmap(RNG.integers(1, 9, (len(classes),) * 2), classes)
+
+
+def experiment() -> Figure:
+    seeds = [[94.0, 94.2, 94.4], [93.0, 93.3, 93.2], [92.9]]
+    names = ["recipe", "no flip", "half width"]
+    return plotting.effects(
+        names, [94.2, 93.17, 92.9], [0.2, 0.15, None], seeds, title="Ablations", xlabel="test accuracy", reference=0
+    )
+
+
+def costs() -> Figure:
+    def point(images: int, batch_size: int) -> dict:
+        return dict(
+            images=images, batch_size=batch_size, seconds=images / 300, peak_memory_mib=900, images_mib=images / 9
+        )
+
+    by_count = [point(128 * 2**step, 128) for step in range(4)]
+    by_batch = [point(64 * 2**step, 64 * 2**step) for step in range(5)]
+    return plotting.scaling({"training, by image count": by_count, "step, by batch size": by_batch})
+
+
+FIGURES = {
+    "class accuracy, published": lambda: plotting.class_accuracy(np.linspace(86, 97, 12), LONG, 94.2),
+    "class accuracy, quick": lambda: plotting.class_accuracy(np.array([5, 48.0, None]), CLASSES, 26.5),
+    "class accuracy, many classes": lambda: plotting.class_accuracy(RNG.random(200) * 100, LONG * 17, 50),
+    "confusion, long names": lambda: heatmap(LONG),
+    "confusion, many classes": lambda: heatmap(LONG * 17),
+    "range test": range_test,
+    "cycle, published": lambda: cycle(24, 5),
+    "cycle, quick": lambda: cycle(6, 2),
+    "cycle, late peak": lambda: cycle(6, 5),
+    "curves, published": lambda: curves(24, 5, 94),
+    "curves, quick": lambda: curves(6, 2, 45, every=2),
+    "mistakes, long names": lambda: mistakes(12, LONG[0]),
+    "grid, long names": lambda: plotting.image_grid(PICTURES, LONG, "Test images"),
+    "maps": lambda: plotting.activation_maps(PICTURES[:8], np.ones((8, 32, 32)), LONG, LONG[::-1], "Evidence"),
+    "effects": experiment,
+    "by epoch": lambda: plotting.curves_by_epoch(
+        {"plain": {"20 layers": [50, 30]}, "residual": {"20 layers": [40, 9]}}
+    ),
+    "scaling": costs,
+    "diagram": lambda: plotting.block_diagram([("layer1", "conv 3×3\nmax-pool", "128×16×16", True)] * 7),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_words_are_apart_from_each_other_and_large_enough_at_700_pixels(name):
+    figure = FIGURES[name]()
+    found = words_of(figure)
+    assert len(found) < 300
+    boxes = [(text.get_text(), text.get_window_extent()) for text in found]
+    crossing = [(a, b) for (a, first), (b, second) in itertools.combinations(boxes, 2) if first.overlaps(second)]
+    assert not crossing
+    assert [text for text, box in boxes if box.x0 < -1 or box.x1 > figure.bbox.x1 + 1] == []
+    assert min(text.get_fontsize() for text in found) * 700 / (72 * plotting.WIDTH) >= 8
+
+
+@pytest.mark.parametrize(("name", "least"), [("curves, published", 2), ("curves, quick", 2), ("cycle, late peak", 1)])
+def test_no_legend_lies_on_a_curve(name, least):
+    figure = FIGURES[name]()
+    figure.draw_without_rendering()
+    legends = [(axis, axis.get_legend().get_window_extent()) for axis in figure.axes if axis.get_legend()]
+    assert len(legends) == least
+    for axis, box in legends:
+        for line in axis.lines[:2]:
+            assert not box.count_contains(axis.transData.transform(line.get_xydata()))
+
+
+@pytest.mark.parametrize(("name", "degrees"), [("RED", (-10, 20)), ("ORANGE", (28, 45)), ("BLUE", (195, 230))])
+def test_colours_are_what_the_words_call_them(name, degrees):
+    hue = 360 * colorsys.rgb_to_hsv(*to_rgb(getattr(plotting, name)))[0]
+    assert degrees[0] <= (hue - 360 if hue > 340 else hue) <= degrees[1]
+
+
+def test_class_names_are_drawn_as_they_are():
+    classes = ("under_$10$", r"$\frac$", "a{b}_c^")
+    for figure in (
+        heatmap(classes),
+        plotting.class_accuracy(np.array([90.0, 80.0, 70.0]), classes, 80),
+        plotting.misclassified(PICTURES[:3], classes, classes[::-1], [0.9] * 3, [0.1] * 3),
+        plotting.image_grid(PICTURES[:3], classes, "grid"),
+    ):
+        words = texts(figure)
+        assert all(name in words for name in classes)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 12])
 def test_misclassified_works_for_any_count(count):
-    words = texts(mistakes(count))
-    assert words.count("cat 97%") == count
-    assert words.count("is dog (1.5%)") == count
+    figure = mistakes(count)
+    words = texts(figure)
+    assert words.count("cat 97%") == words.count("is dog (1.5%)") == count
     assert ("No mistakes" in words) == (count == 0)
+    if count:
+        assert "predicted in red, truth below" in words
+        assert {text.get_color() for text in words_of(figure) if "cat" in text.get_text()} == {plotting.RED}
 
 
 def test_pictures_are_drawn_pixel_by_pixel_without_ticks():
@@ -46,49 +170,95 @@ def test_pictures_are_drawn_pixel_by_pixel_without_ticks():
             assert len(axis.get_xticks()) == len(axis.get_yticks()) == 0
 
 
-def test_range_test_marks_every_rule_and_the_range_on_a_log_axis():
-    lrs = np.logspace(-6, 0, 50)
-    losses = 2.3 + RNG.normal(0, 0.01, 50)
-    figure = plotting.lr_range_test(lrs, losses, losses, {"steepest": 1e-4, "minimum": 1e-2}, 1e-4, 1e-2)
+def test_range_test_marks_every_rule_apart_from_the_others_and_those_in_use_in_red():
+    figure = range_test()
     words = texts(figure)
-    assert figure.axes[0].get_xscale() == "log"
-    for expected in ("steepest: 1.0e-04", "minimum: 1.0e-02", "LRMIN 1.0e-04", "LRMAX 1.0e-02", "learning rate"):
+    for expected in ("LRMIN 3.5e-04", "LRMAX 3.4e-03", "learning rate (log scale)"):
         assert expected in words
+    rules = figure.axes[1]
+    assert rules.get_xscale() == "log"
+    markers = [line for line in rules.lines if line.get_marker() == "o"]
+    heights = [rules.transData.transform(line.get_xydata())[0, 1] for line in markers]
+    for (name, lr), line, row in zip(SUGGESTIONS.items(), markers, rules.get_yticks(), strict=True):
+        assert f"{name} {lr:.1e}" in words
+        assert line.get_xydata().tolist() == [[lr, row]]
+        assert (line.get_color() == plotting.RED) == (name in ("steepest", "minimum"))
+    assert np.diff(np.sort(heights)).min() > markers[0].get_markersize() * figure.dpi / 72  # no marker hides another
 
 
-def test_one_cycle_names_peak_and_ends_and_shows_beta1():
-    lrs = np.interp(np.arange(60), [0, 19, 59], [1e-3, 1e-2, 1e-3])
-    words = texts(plotting.one_cycle(lrs, 6, 2, beta1s=np.full(60, 0.9), annihilated=lrs / 2))
-    assert "LRMAX 1.0e-02 at the end of epoch 2" in words
-    assert words.count("LRMIN 1.0e-03") == 2
+@pytest.mark.parametrize(("epochs", "peak"), [(24, 5), (6, 2), (6, 5)])
+def test_one_cycle_names_peak_and_ends_beside_their_lines(epochs, peak):
+    figure = cycle(epochs, peak)
+    words = texts(figure)
+    assert f"LRMAX 8.0e-03 at the end of epoch {peak}" in words
     assert "β₁" in words
     assert "annihilation (not used)" in words
+    axis = figure.axes[0]
+    label = next(text for text in axis.texts if text.get_text() == "LRMIN 8.0e-04 at both ends")
+    box, line = label.get_window_extent(), axis.transData.transform((0, 8e-4))[1]
+    assert 0 <= box.y0 - line < 12  # pixels: on its line
+    used = next(curve for curve in axis.lines if curve.get_label() == "one cycle, no annihilation")
+    assert not box.count_contains(axis.transData.transform(used.get_xydata()))
 
 
-def test_training_curves_overlay_train_and_test_and_mark_the_peak():
-    figure = plotting.training_curves([2, 1], [1.8, 0.9], [30, 60], [40, 71.25], peak_epoch=1)
+def test_training_curves_overlay_train_and_test_and_pass_over_untested_epochs():
+    figure = plotting.training_curves([2, 1, 0.5], [1.8, None, 0.9], [30, 60, 65], [40, None, 71.25], peak_epoch=2)
     words = texts(figure)
-    assert "train (augmented)" in words
-    assert "LR peaks" in words
-    assert "71.25%" in words
+    for expected in ("train (augmented), last 65.00%", "test, last 71.25%", "test, last 0.900", "the LR peaks"):
+        assert expected in words
     for axis in figure.axes:
-        curves = [line for line in axis.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
-        assert len(curves) == 2
-        assert axis.get_xlabel() == "epoch"
+        train, test, peak = axis.lines
+        assert list(train.get_xdata()) == [1, 2, 3]
+        assert list(test.get_xdata()) == [1, 3]
+        assert set(peak.get_xdata()) == {2}
 
 
 def test_confusion_heatmap_shows_percent_of_the_true_class():
     words = texts(plotting.confusion_heatmap(np.array([[8, 2, 0], [0, 10, 0], [0, 0, 0]]), CLASSES))
-    for expected in ("80.0", "20.0", "100.0", "plane", "predicted", "true"):
+    for expected in ("80.0", "20.0", "100", "plane", "predicted", "true"):
         assert expected in words
 
 
-def test_class_accuracy_bars_start_at_zero_and_show_the_overall():
-    figure = plotting.class_accuracy(np.array([90.0, 95.0, np.nan]), CLASSES, mean=92.5)
-    axis = figure.axes[0]
+def test_class_accuracy_bars_start_at_zero_and_name_the_overall_and_the_classes_without_images():
+    figure = plotting.class_accuracy(np.array([90.0, None, 95.0]), CLASSES, mean=92.5)
+    axis, words = figure.axes[0], texts(figure)
     assert axis.get_xlim()[0] == 0
-    assert [bar.get_width() for bar in axis.patches] == [0, 90, 95]
-    assert "overall 92.50%" in texts(figure)
+    assert [bar.get_width() for bar in axis.patches] == [95, 90, 0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["bird  95.0%", "plane  90.0%", "car  no images"]
+    assert "dashed: overall 92.50%; orange: below it" in words
+    assert set(axis.lines[0].get_xdata()) == {92.5}
+    colors = [bar.get_facecolor()[:3] for bar in axis.patches]
+    assert colors[:2] == [to_rgb(plotting.BLUE), to_rgb(plotting.ORANGE)]
+
+
+def test_effects_show_every_seed_and_the_reference():
+    figure = experiment()
+    drawn = {tuple(line.get_xdata()) for line in figure.axes[0].lines}
+    assert {
+        (94.0, 94.2, 94.4),
+        (92.9,),
+        (94.2, 94.2),
+    } <= drawn  # seeds, a single one, the line through the recipe's mean
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["recipe", "no flip", "half width"]
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom > top  # the first row on top
+
+
+def test_runs_of_one_name_have_one_colour_and_scale_in_every_panel():
+    panels = {"plain": {"20": [40, 20], "56": [60, None, 30]}, "residual": {"56": [30, 10], "20": [35, 15]}}
+    left, right = plotting.curves_by_epoch(panels).axes
+    assert left.get_ylim() == right.get_ylim()
+    assert {line.get_label(): line.get_color() for line in left.lines} == {
+        line.get_label(): line.get_color() for line in right.lines
+    }
+    assert list(left.lines[1].get_xdata()) == [1, 3]
+
+
+def test_scaling_is_on_log_axes_against_what_varies():
+    figure = costs()
+    for axis in figure.axes:
+        assert axis.get_xscale() == axis.get_yscale() == "log"
+    assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["images", "batch size"]
 
 
 def test_block_diagram_draws_an_arc_for_each_residual_block():

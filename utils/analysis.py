@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from models import CustomResNet
+from utils.sources.image_folder import read_image
 from utils.engine import predict_batches
 from utils.runtime import Precision
+from utils.transforms import normalize
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,10 @@ def per_class_accuracy(predictions: Predictions) -> np.ndarray:
     return np.divide(100.0 * matrix.diagonal(), totals, out=np.full(len(matrix), np.nan), where=totals > 0)
 
 
-def class_accuracy_lines(predictions: Predictions, classes: tuple[str, ...]) -> list[str]:
-    """One line a class, as ``Accuracy for class: plane is 94.3 %``."""
+def class_accuracy_lines(predictions: Predictions, classes: Sequence[str]) -> list[str]:
+    """One line a class, as ``Accuracy for class: plane is 94.3 %``; a class without images says so."""
     return [
-        f"Accuracy for class: {name} is {accuracy:.1f} %"
+        f"Accuracy for class: {name} is " + ("unknown (no images)" if np.isnan(accuracy) else f"{accuracy:.1f} %")
         for name, accuracy in zip(classes, per_class_accuracy(predictions))
     ]
 
@@ -128,3 +132,29 @@ def frequent_confusions(predictions: Predictions, count: int = 5) -> list[tuple[
     order = np.argsort(-matrix, axis=None, kind="stable")[:count]
     pairs = (np.unravel_index(flat, matrix.shape) for flat in order)
     return [(int(true), int(taken), int(matrix[true, taken])) for true, taken in pairs if matrix[true, taken]]
+
+
+def classify_file(
+    model: CustomResNet, path: str | Path, classes: Sequence[str], top: int = 3
+) -> list[tuple[str, float]]:
+    """The ``top`` most probable classes of a picture file, as (name, probability in [0, 1]); all where there are fewer.
+
+    Args:
+        model: the network, on any device.
+        path: a picture of any size.
+        classes: the names of the model's classes, in the order of its outputs.
+        top: how many to name.
+
+    Raises:
+        ValueError: not as many names as the model has outputs.
+        utils.dataset.DatasetError: the file is missing or no image.
+    """
+    pixels = torch.from_numpy(read_image(path).copy())[None]
+    device = next(model.parameters()).device
+    probabilities = model.predict_proba(normalize(pixels.to(device)))[0]
+    if len(classes) != len(probabilities):
+        raise ValueError(
+            f"{len(classes)} class names for a network of {len(probabilities)} outputs: give the names it was trained with"
+        )
+    values, numbers = probabilities.topk(min(top, len(classes)))
+    return [(classes[number], value) for number, value in zip(numbers.tolist(), values.tolist())]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models import CustomLayer, CustomResNet
-from utils.sources.image_folder import read_image
-from utils.transforms import normalize
 
 
 def gradient_norms(depth: int, skip: bool, batch_norm: bool, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -101,18 +98,3 @@ def class_activation_maps(model: CustomResNet, images: Tensor, classes: Sequence
     finally:
         model.train(was_training)
         model.zero_grad()
-
-
-def classify_file(
-    model: CustomResNet, path: str | Path, classes: Sequence[str], top: int = 3
-) -> list[tuple[str, float]]:
-    """The ``top`` most probable classes of a picture file, as (name, probability in [0, 1]).
-
-    Raises:
-        utils.dataset.DatasetError: the file is missing or no image.
-    """
-    pixels = torch.from_numpy(read_image(path).copy())[None]
-    device = next(model.parameters()).device
-    probabilities = model.predict_proba(normalize(pixels.to(device)))[0]
-    values, numbers = probabilities.topk(min(top, len(classes)))
-    return [(classes[number], value) for number, value in zip(numbers.tolist(), values.tolist())]

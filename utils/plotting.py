@@ -1,7 +1,8 @@
 """Arrays in, matplotlib Figures out: no torch, no training, no files read.
 
-One look for all: white ground (readable on a dark page too), Okabe and Ito's colour-blind-safe colours, 32x32 pictures
-drawn pixel by pixel with no smoothing and no ticks.
+One look for all: white ground (readable on a dark page too), colours that the colour-blind tell apart and that are what
+they are called, 32x32 pictures drawn pixel by pixel with no smoothing and no ticks. What a point is worth stands in a tick
+label, a title or a legend rather than beside it, where a line of the next run would strike it through.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-# Okabe & Ito, *Color Universal Design* (2008).
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
+# Okabe & Ito, *Color Universal Design* (2008); their "vermilion" looks orange, so red is P. Tol's, *Colour Schemes* (2021).
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC3311", "#767676"
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -34,13 +34,19 @@ STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.8,
     "image.interpolation": "nearest",
+    "text.parse_math": False,  # a class may be called "under_$10$"
 }
 WIDTH = 8.5  # inches; at 150 dpi a little more than a README is wide
 DPI = 150
+MOST_CELLS = 16  # classes whose confusion matrix has room for a number in every cell
+
+styled = mpl.rc_context(STYLE)  # a decorator: what the function draws is drawn in our style
 
 
+@styled
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options):
     """A Figure outside pyplot's registry, so that notebooks show it once and nothing piles up in memory.
 
@@ -51,12 +57,11 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options):
     Returns:
         ``(figure, axes)``, as from ``pyplot.subplots``.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
-        axes = figure.subplots(rows, columns, **options)
-    return figure, axes
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+    return figure, figure.subplots(rows, columns, **options)
 
 
+@styled
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a PNG, creating the folder; returns the path."""
     path = Path(path)
@@ -65,16 +70,61 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def _show_picture(axis, picture: np.ndarray, title: str = "", color: str = "black") -> None:
+def _headline(figure: Figure, title: str) -> None:
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+
+
+def _note(axis, text: str, xy: tuple[float, float], offset: tuple[float, float], color: str, **options) -> None:
+    """Bold words ``offset`` points away from the data point ``xy``."""
+    style = {"fontsize": 9, "fontweight": "bold", "textcoords": "offset points", **options}
+    axis.annotate(text, xy, xytext=offset, color=color, **style)
+
+
+def _fit(name: str, columns: int) -> str:
+    """``name``, cut where it would run into its neighbour's in a row of ``columns``."""
+    limit = 100 // columns
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def _name_ticks(axis, names: Sequence[str], most: int, **options) -> None:
+    """Name the positions 0, 1, ... of an x or y axis; of more than ``most`` every second, third, ..."""
+    shown = range(0, len(names), -(-len(names) // most))
+    axis.set_ticks(shown, [names[i] for i in shown], fontsize=9, **options)
+    axis.set_tick_params(length=0)
+
+
+def _log_axis(axis, digits: str = "g", subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Make an x or y axis logarithmic, with plain numbers as in the texts: the style parses no exponents."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(f"{{x:{digits}}}")
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _show_picture(axis, picture: np.ndarray, title: str = "", below: str = "", color: str = "black") -> None:
+    """A picture with words above, in ``color``, and below it."""
+    axis.set_axis_on()
     axis.imshow(picture, interpolation="nearest")
-    axis.set_title(title, fontsize=8.5, fontweight="normal", loc="center", color=color, pad=3)
+    emphasis = "normal" if color == "black" else "bold"
+    axis.set_title(title, fontsize=8.5, fontweight=emphasis, loc="center", color=color, pad=3)
+    axis.set_xlabel(below, fontsize=8.5, labelpad=3)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
 
 
+def _picture_axes(height: float, rows: int, columns: int):
+    """Like ``new_figure``; what no picture is put into stays empty."""
+    figure, axes = new_figure(height, rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return figure, axes
+
+
+@styled
 def image_grid(pictures: np.ndarray, titles: Sequence[str], title: str, columns: int = 10) -> Figure:
     """A grid of pictures with a word over each.
 
@@ -85,17 +135,14 @@ def image_grid(pictures: np.ndarray, titles: Sequence[str], title: str, columns:
         columns: pictures a row.
     """
     rows = -(-len(pictures) // columns)
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(0.4 + 1.06 * rows * 10 / columns, rows, columns, squeeze=False)
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for axis, picture, word in zip(axes.flat, pictures, titles):
-            axis.set_axis_on()
-            _show_picture(axis, picture, word)
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure, axes = _picture_axes(0.4 + 1.06 * rows * 10 / columns, rows, columns)
+    for axis, picture, word in zip(axes.flat, pictures, titles):
+        _show_picture(axis, picture, _fit(word, columns))
+    _headline(figure, title)
     return figure
 
 
+@styled
 def augmentation_grid(originals: np.ndarray, augmented: np.ndarray, names: Sequence[str], title: str) -> Figure:
     """Each original above several augmented versions of it.
 
@@ -105,197 +152,28 @@ def augmentation_grid(originals: np.ndarray, augmented: np.ndarray, names: Seque
         names: N class names.
         title: over the whole.
     """
-    versions, count = augmented.shape[:2]
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(0.5 + 1.0 * (versions + 1) * 8 / count, versions + 1, count, squeeze=False)
-        for column in range(count):
-            _show_picture(axes[0, column], originals[column], names[column])
-            for row in range(versions):
-                _show_picture(axes[row + 1, column], augmented[row, column])
-        axes[0, 0].set_ylabel("original", fontsize=9)
-        for row in range(versions):
-            axes[row + 1, 0].set_ylabel(f"epoch {row + 1}", fontsize=9)
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    columns = max(len(originals), 8)
+    words = ["original", *(f"epoch {version + 1}" for version in range(len(augmented)))]
+    figure, axes = _picture_axes(0.5 + 8 * len(words) / columns, len(words), columns)
+    for row, (word, pictures) in enumerate(zip(words, [originals, *augmented])):
+        for axis, picture, name in zip(axes[row], pictures, names):
+            _show_picture(axis, picture, "" if row else _fit(name, columns))
+        axes[row, 0].set_ylabel(word, fontsize=9)
+    _headline(figure, title)
     return figure
 
 
+@styled
 def step_by_step(stages: Sequence[tuple[str, np.ndarray]], title: str) -> Figure:
     """What each augmentation step does to one picture: ``stages`` are (name, (H, W, 3) uint8), in order."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(1.9, 1, len(stages), squeeze=False)
-        for axis, (name, picture) in zip(axes[0], stages):
-            _show_picture(axis, picture, f"{name}\n{picture.shape[0]}×{picture.shape[1]}")
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure, axes = _picture_axes(1.9, 1, len(stages))
+    for axis, (name, picture) in zip(axes[0], stages):
+        _show_picture(axis, picture, f"{name}\n{picture.shape[0]}×{picture.shape[1]}")
+    _headline(figure, title)
     return figure
 
 
-def lr_range_test(
-    lrs: np.ndarray,
-    losses: np.ndarray,
-    smoothed: np.ndarray,
-    suggestions: dict[str, float],
-    lr_min: float,
-    lr_max: float,
-) -> Figure:
-    """The range test's curve on a log axis, the range found shaded, every suggestion marked.
-
-    Args:
-        lrs, losses, smoothed: (S,) each.
-        suggestions: LR by rule name.
-        lr_min, lr_max: the range in use.
-    """
-    with mpl.rc_context(STYLE):
-        figure, axis = new_figure(4.2)
-        axis.axvspan(lr_min, lr_max, color=BLUE, alpha=0.10, lw=0)
-        axis.plot(lrs, losses, color=GREY, lw=0.8, alpha=0.7, label="loss of each batch")
-        axis.plot(lrs, smoothed, color=BLUE, label="smoothed")
-        markers = dict(zip(suggestions, ("v", "D", "s", "o", "^", "P")))
-        for name, lr in suggestions.items():
-            height = float(np.interp(np.log(lr), np.log(lrs), smoothed))
-            axis.plot(lr, height, markers[name], color=RED, ms=8, mec="white", label=f"{name}: {lr:.1e}", zorder=3)
-        top = float(np.median(losses[:10])) * 1.35
-        axis.set_ylim(min(losses.min(), smoothed.min()) * 0.92, top)
-        for name, lr, side in (("LRMIN", lr_min, "right"), ("LRMAX", lr_max, "left")):
-            axis.axvline(lr, color=BLUE, lw=1, ls="--")
-            axis.annotate(
-                f"{name} {lr:.1e}",
-                (lr, top),
-                xytext=(-5 if side == "right" else 5, -4),
-                textcoords="offset points",
-                ha=side,
-                va="top",
-                color=BLUE,
-                fontsize=9,
-                fontweight="bold",
-            )
-        axis.set_xscale("log")
-        axis.set_xlabel("learning rate (log scale)")
-        axis.set_ylabel("training loss")
-        axis.set_title("LR range test: the cycle runs over the shaded range")
-        axis.legend(loc="lower left", fontsize=8.5)
-    return figure
-
-
-def one_cycle(
-    lrs: np.ndarray,
-    epochs: int,
-    peak_epoch: int,
-    beta1s: np.ndarray | None = None,
-    annihilated: np.ndarray | None = None,
-) -> Figure:
-    """The LR of every step against the epoch, its peak marked.
-
-    Args:
-        lrs: (steps,) LR of every step.
-        epochs: length of the cycle.
-        peak_epoch: where the peak lies.
-        beta1s: (steps,) Adam's beta1, or None to leave it out.
-        annihilated: (steps,) the cycle that the assignment leaves out, for comparison.
-    """
-    epoch = (np.arange(len(lrs)) + 1) * epochs / len(lrs)
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(
-            3.6 if beta1s is None else 4.8,
-            1 if beta1s is None else 2,
-            squeeze=False,
-            sharex=True,
-            **({} if beta1s is None else {"height_ratios": (3, 1)}),
-        )
-        axis = axes[0, 0]
-        if annihilated is not None:
-            axis.plot(epoch, annihilated, color=ORANGE, ls="--", lw=1.4, label="with annihilation (not used)")
-        axis.plot(epoch, lrs, color=BLUE, label="one cycle, no annihilation")
-        peak = int(np.argmax(lrs))
-        axis.plot(epoch[peak], lrs[peak], "o", color=RED, zorder=3)
-        axis.annotate(
-            f"LRMAX {lrs[peak]:.1e} at the end of epoch {peak_epoch}",
-            (epoch[peak], lrs[peak]),
-            xytext=(10, -2),
-            textcoords="offset points",
-            color=RED,
-            fontsize=9,
-            fontweight="bold",
-        )
-        axis.annotate(f"LRMIN {lrs[0]:.1e}", (epoch[0], lrs[0]), xytext=(8, -3), textcoords="offset points", fontsize=9)
-        axis.annotate(
-            f"LRMIN {lrs[-1]:.1e}",
-            (epoch[-1], lrs[-1]),
-            xytext=(0, 42),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-        )
-        axis.set_ylabel("learning rate")
-        axis.set_title("One cycle: the learning rate of every step")
-        axis.set_ylim(0, lrs.max() * 1.12)
-        if annihilated is not None:
-            axis.legend(loc="upper right", fontsize=9)
-        if beta1s is not None:
-            axes[1, 0].plot(epoch, beta1s, color=GREEN)
-            axes[1, 0].set_ylabel("Adam's β₁")
-            axes[1, 0].set_ylim(0.83, 0.97)
-        axes[-1, 0].set_xlabel("epoch")
-        axes[-1, 0].set_xlim(0, epochs)
-        axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
-    return figure
-
-
-def training_curves(
-    train_loss: Sequence[float],
-    test_loss: Sequence[float],
-    train_accuracy: Sequence[float],
-    test_accuracy: Sequence[float],
-    peak_epoch: int,
-) -> Figure:
-    """Loss and accuracy after each epoch, train and test overlaid, the peak of the LR marked.
-
-    Args:
-        train_loss, test_loss: mean cross-entropy per image.
-        train_accuracy, test_accuracy: percent.
-        peak_epoch: counted from 1.
-    """
-    epochs = np.arange(1, len(train_loss) + 1)
-    with mpl.rc_context(STYLE):
-        figure, (left, right) = new_figure(3.7, 1, 2)
-        for axis, train, test, name in (
-            (left, train_loss, test_loss, "Cross-entropy"),
-            (right, train_accuracy, test_accuracy, "Accuracy"),
-        ):
-            axis.plot(epochs, train, color=ORANGE, marker="o", ms=3, label="train (augmented)")
-            axis.plot(epochs, test, color=BLUE, marker="o", ms=3, label="test")
-            axis.axvline(peak_epoch, color=GREY, lw=1, ls="--")
-            axis.annotate(
-                "LR peaks",
-                (peak_epoch, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, -3),
-                textcoords="offset points",
-                va="top",
-                color=GREY,
-                fontsize=9,
-            )
-            axis.set_title(name)
-            axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-        if len(epochs) > 2 * peak_epoch:  # the first epochs would squeeze all that follows into the top of the axis
-            low = 5 * (min(*train_accuracy[peak_epoch - 1 :], *test_accuracy[peak_epoch - 1 :]) // 5 - 1)
-            right.set_ylim(low, 100)
-            right.set_title(f"Accuracy (axis starts at {low:.0f}%)")
-        right.annotate(
-            f"{test_accuracy[-1]:.2f}%",
-            (epochs[-1], test_accuracy[-1]),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="right",
-            color=BLUE,
-            fontsize=9,
-            fontweight="bold",
-        )
-        left.legend(loc="upper right", bbox_to_anchor=(1, 0.93), fontsize=9)
-    return figure
-
-
+@styled
 def misclassified(
     pictures: np.ndarray,
     predicted: Sequence[str],
@@ -312,24 +190,212 @@ def misclassified(
         predicted_probability, true_probability: N values in [0, 1] each.
         columns: pictures a row.
     """
-    count = len(pictures)
-    rows = max(1, -(-count // columns))
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(0.5 + 1.95 * rows if count else 1.5, rows, columns, squeeze=False)
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for axis, picture, wrong, right, p_wrong, p_right in zip(
-            axes.flat, pictures, predicted, true, predicted_probability, true_probability
-        ):
-            axis.set_axis_on()
-            _show_picture(axis, picture)
-            axis.set_title(f"{wrong} {p_wrong:.0%}", fontsize=9.5, color=RED, loc="center", fontweight="bold", pad=3)
-            axis.set_xlabel(f"is {right} ({p_right:.1%})", fontsize=9, labelpad=3)
-        words = "Most confident mistakes: the answer in red, the truth below" if count else "No mistakes to show"
-        figure.suptitle(words, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    rows = -(-len(pictures) // columns)
+    figure, axes = _picture_axes(0.4 + 1.95 * rows, max(1, rows), columns)
+    for axis, picture, wrong, right, p_wrong, p_right in zip(
+        axes.flat, pictures, predicted, true, predicted_probability, true_probability
+    ):
+        wrong, right = f"{_fit(wrong, 6)} {p_wrong:.0%}", f"is {_fit(right, 6)} ({p_right:.1%})"
+        _show_picture(axis, picture, wrong, right, RED)
+    words = "Most confident mistakes: predicted in red, truth below"
+    _headline(figure, words if len(pictures) else "No mistakes to show: every answer was right")
     return figure
 
 
+@styled
+def activation_maps(
+    pictures: np.ndarray, maps: np.ndarray, predicted: Sequence[str], true: Sequence[str], title: str
+) -> Figure:
+    """Pictures above where the network looked; answer and truth over each, a wrong answer in red.
+
+    Args:
+        pictures: (N, H, W, 3) uint8, N at least 1.
+        maps: (N, H, W) float in [0, 1], the evidence for the predicted class.
+        predicted, true: N class names each.
+        title: over the whole.
+    """
+    columns = max(len(pictures), 8)
+    figure, axes = _picture_axes(2.95 * 8 / columns, 2, columns)
+    for above, below, picture, evidence, answer, truth in zip(*axes, pictures, maps, predicted, true):
+        color = "black" if answer == truth else RED
+        _show_picture(above, picture, _fit(answer, columns), f"is {_fit(truth, columns + 2)}", color)
+        _show_picture(below, picture)
+        below.imshow(evidence, cmap="viridis", alpha=0.6, vmin=0, vmax=1, interpolation="nearest")
+    _headline(figure, title)
+    return figure
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+@styled
+def lr_range_test(
+    lrs: np.ndarray,
+    losses: np.ndarray,
+    smoothed: np.ndarray,
+    suggestions: dict[str, float],
+    lr_min: float,
+    lr_max: float,
+) -> Figure:
+    """The range test's curve on a log axis, the range found shaded, every suggestion marked in a row of its own.
+
+    Args:
+        lrs, losses, smoothed: (S,) each.
+        suggestions: LR by rule name, at least one.
+        lr_min, lr_max: the range in use.
+    """
+    rows = len(suggestions)
+    figure, (axis, rules) = new_figure(4.1 + 0.23 * rows, 2, sharex=True, height_ratios=(3.2, 0.1 + 0.23 * rows))
+    axis.plot(lrs, losses, color=GREY, lw=0.8, alpha=0.7, label="loss of each batch")
+    axis.plot(lrs, smoothed, color=BLUE, label="smoothed")
+    top = float(np.median(losses[:10])) * 1.35
+    axis.set_ylim(min(losses.min(), smoothed.min()) * 0.92, top)
+    for each in (axis, rules):
+        each.axvspan(lr_min, lr_max, color=BLUE, alpha=0.10, lw=0)
+    for name, lr, side, offset in (("LRMIN", lr_min, "right", -5), ("LRMAX", lr_max, "left", 5)):
+        for each in (axis, rules):
+            each.axvline(lr, color=BLUE, lw=1, ls="--")
+        _note(axis, f"{name} {lr:.1e}", (lr, top), (offset, -4), BLUE, ha=side, va="top")
+    for row, lr in enumerate(suggestions.values()):
+        color = RED if np.isclose(lr, (lr_min, lr_max)).any() else GREY
+        height = float(np.interp(np.log(lr), np.log(lrs), smoothed))
+        axis.plot(lr, height, "o", color=color, ms=8, mec="white", zorder=4 if color == RED else 3)
+        rules.plot(lr, row, "o", color=color, ms=8, mec="white", zorder=3)
+    rules.set_yticks(range(rows), [f"{name} {lr:.1e}" for name, lr in suggestions.items()], fontsize=9)
+    rules.set_ylim(rows - 0.4, -0.6)  # the first on top
+    rules.tick_params(axis="y", length=0)
+    rules.set_title("what each rule suggests; red: in use", fontsize=9, fontweight="normal")
+    rules.set_xlabel("learning rate (log scale)")
+    _log_axis(rules.xaxis, ".0e", subs=(1,))
+    axis.set_ylabel("training loss")
+    axis.set_title("LR range test: the cycle runs over the shaded range")
+    axis.legend(loc="lower left")
+    return figure
+
+
+@styled
+def one_cycle(
+    lrs: np.ndarray,
+    epochs: int,
+    peak_epoch: int,
+    beta1s: np.ndarray | None = None,
+    annihilated: np.ndarray | None = None,
+) -> Figure:
+    """The LR of every step against the epoch, its peak and its lowest LR marked.
+
+    Args:
+        lrs: (steps,) LR of every step.
+        epochs: length of the cycle.
+        peak_epoch: where the peak lies.
+        beta1s: (steps,) Adam's beta1, or None to leave it out.
+        annihilated: (steps,) the cycle that the assignment leaves out, for comparison.
+    """
+    epoch = (np.arange(len(lrs)) + 1) * epochs / len(lrs)
+    panels = {} if beta1s is None else {"height_ratios": (3, 1)}
+    figure, axes = new_figure(4.8 if panels else 3.6, 2 if panels else 1, squeeze=False, sharex=True, **panels)
+    axis, last = axes[0, 0], axes[-1, 0]
+    if annihilated is not None:
+        axis.plot(epoch, annihilated, color=ORANGE, ls="--", lw=1.4, label="with annihilation (not used)")
+    axis.plot(epoch, lrs, color=BLUE, label="one cycle, no annihilation")
+    peak, lowest = int(np.argmax(lrs)), lrs[-1]
+    # In the half of the axis that is the wider, on the side of the peak where the curve leaves room.
+    side, offset = ("left", 10) if peak_epoch <= epochs / 2 else ("right", -10)
+    axis.plot(epoch[peak], lrs[peak], "o", color=RED, zorder=3)
+    words = f"LRMAX {lrs[peak]:.1e} at the end of epoch {peak_epoch}"
+    _note(axis, words, (epoch[peak], lrs[peak]), (offset, 2), RED, ha=side)
+    axis.axhline(lowest, color=GREY, lw=1, ls=":")
+    ends = " at both ends" if np.isclose(lrs[0], lowest) else " at the end"
+    _note(axis, f"LRMIN {lowest:.1e}{ends}", (epoch[peak], lowest), (0, 3), GREY, ha=side)
+    axis.set_ylabel("learning rate")
+    axis.set_title("One cycle: the learning rate of every step")
+    axis.set_ylim(0, lrs.max() * 1.15)
+    if annihilated is not None:
+        axis.legend(loc="upper right" if side == "left" else "upper left", bbox_to_anchor=(0, 0, 1, 0.88))
+    if beta1s is not None:
+        last.plot(epoch, beta1s, color=GREEN)
+        last.set_ylabel("Adam's β₁")
+        last.set_ylim(min(beta1s) - 0.02, max(beta1s) + 0.02)
+    last.set_xlabel("epoch")
+    last.set_xlim(0, epochs)
+    last.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
+    return figure
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def _plot_epochs(axis, values: Sequence[float | None], **options) -> None:
+    """A curve over the epochs 1, 2, ...; an epoch whose value is None is passed over."""
+    values = np.array(values, dtype=float)
+    known = np.flatnonzero(np.isfinite(values))
+    axis.plot(known + 1, values[known], marker="o", ms=3, **options)
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+@styled
+def training_curves(
+    train_loss: Sequence[float],
+    test_loss: Sequence[float | None],
+    train_accuracy: Sequence[float],
+    test_accuracy: Sequence[float | None],
+    peak_epoch: int,
+) -> Figure:
+    """Loss and accuracy after each epoch, train and test overlaid, the peak of the LR marked.
+
+    Args:
+        train_loss, test_loss: mean cross-entropy per image; None for an epoch that was not tested.
+        train_accuracy, test_accuracy: percent, the same.
+        peak_epoch: counted from 1.
+    """
+    figure, (left, right) = new_figure(3.7, 1, 2)
+    for axis, train, test, name, form in (
+        (left, train_loss, test_loss, "Cross-entropy", "{:.3f}"),
+        (right, train_accuracy, test_accuracy, "Accuracy", "{:.2f}%"),
+    ):
+        _plot_epochs(axis, train, color=ORANGE, label=f"train (augmented), last {form.format(train[-1])}")
+        tested = [value for value in test if value is not None]
+        if tested:
+            _plot_epochs(axis, test, color=BLUE, label=f"test, last {form.format(tested[-1])}")
+        axis.axvline(peak_epoch, color=GREY, lw=1, ls="--", label="the LR peaks")
+        axis.set_title(name)
+    right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    if len(train_loss) > 2 * peak_epoch:  # the first epochs would squeeze all that follows into the top of the axis
+        late = np.array([*train_accuracy[peak_epoch - 1 :], *test_accuracy[peak_epoch - 1 :]], dtype=float)
+        low = max(0, 5 * (np.nanmin(late) // 5 - 1))
+        right.set_ylim(low, min(100, right.get_ylim()[1]))
+        right.set_title(f"Accuracy (axis starts at {low:.0f}%)")
+    for axis in (left, right):
+        axis.legend(loc="best")
+    return figure
+
+
+@styled
+def curves_by_epoch(panels: dict[str, dict[str, Sequence[float | None]]], ylabel: str = "train error") -> Figure:
+    """Runs side by side on one scale, epoch by epoch: for instance two depths, plain and residual.
+
+    Args:
+        panels: by panel title, by run name, percent at the end of every epoch (None: not measured). Runs of the same
+            name have the same colour in every panel.
+        ylabel: what is in percent.
+    """
+    names = list(dict.fromkeys(name for runs in panels.values() for name in runs))
+    colors = dict(zip(names, (BLUE, ORANGE, GREEN, RED, GREY) * len(names)))
+    figure, axes = new_figure(3.5, 1, len(panels), squeeze=False, sharey=True)
+    for axis, (title, runs) in zip(axes[0], panels.items()):
+        for name, values in runs.items():
+            _plot_epochs(axis, values, color=colors[name], label=name)
+        axis.set_title(title)
+        axis.legend()
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    return figure
+
+
+# --- results ------------------------------------------------------------------------------------------------------------
+
+
+@styled
 def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     """The confusion matrix in percent of each true class; the diagonal is left uncoloured so that mistakes show.
 
@@ -337,188 +403,201 @@ def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
         matrix: (C, C) counts, true classes down, predicted across.
         classes: C names.
     """
-    totals = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    percent = 100.0 * matrix / totals
-    diagonal = np.eye(len(matrix), dtype=bool)
-    labels = np.array([[f"{value:.1f}" if value >= 0.05 else "" for value in row] for row in percent])
-    with mpl.rc_context(STYLE):
-        figure, axis = new_figure(6.6)
-        sns.heatmap(
-            np.where(diagonal, np.nan, percent),
-            annot=False,
-            cmap="Blues",
-            vmin=0,
-            square=True,
-            linewidths=1,
-            linecolor="white",
-            xticklabels=classes,
-            yticklabels=classes,
-            ax=axis,
-            cbar_kws={"label": "% of the true class taken for another", "shrink": 0.8},
+    count = len(classes)
+    percent = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    mistaken = np.where(np.eye(count, dtype=bool), np.nan, percent)
+    highest = max(1.0, np.nanmax(mistaken))
+    edges = np.arange(count + 1) - 0.5  # of the cells, whose centres are 0, 1, ...
+    names = [_fit(name, 4) for name in classes]
+    longest = max(map(len, names))
+    upright = {"rotation": 90} if count * longest > 80 else {}
+    figure, axis = new_figure(6.6 + (0.07 * longest if upright else 0))
+    lines = {"edgecolors": "white", "linewidth": 1} if count <= 50 else {}
+    mesh = axis.pcolormesh(edges, edges, mistaken, cmap="Blues", vmin=0, vmax=highest, **lines)
+    figure.colorbar(mesh, label="% of the true class taken for another", shrink=0.8).outline.set_visible(False)
+    for row, column in np.argwhere(percent >= 0.05) if count <= MOST_CELLS else ():
+        value, correct = percent[row, column], row == column
+        axis.text(
+            column,
+            row,
+            f"{value:.1f}" if value < 99.95 else "100",
+            ha="center",
+            va="center",
+            fontsize=9,
+            fontweight="bold" if correct else "normal",
+            color="white" if not correct and value > 0.6 * highest else "black",
         )
-        threshold = np.where(diagonal, 0, percent).max() * 0.6
-        for (row, column), text in np.ndenumerate(labels):
-            on_diagonal = row == column
-            dark = not on_diagonal and percent[row, column] > threshold
-            axis.text(
-                column + 0.5,
-                row + 0.5,
-                text,
-                ha="center",
-                va="center",
-                fontsize=9,
-                fontweight="bold" if on_diagonal else "normal",
-                color="white" if dark else "black",
-            )
-        axis.grid(False)  # rc_context cannot: the axes were made under the shared style
-        axis.set_xlabel("predicted")
-        axis.set_ylabel("true")
-        axis.tick_params(length=0)
-        axis.set_title("Confusion matrix, percent of each true class (diagonal: correct)")
+    _name_ticks(axis.xaxis, names, most=30, **upright)
+    _name_ticks(axis.yaxis, names, most=30)
+    axis.set_aspect("equal")
+    axis.invert_yaxis()
+    axis.spines[:].set_visible(False)
+    axis.grid(False)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    _headline(figure, "Confusion matrix, percent of each true class (diagonal: correct)")
     return figure
 
 
+@styled
 def class_accuracy(accuracies: np.ndarray, classes: Sequence[str], mean: float) -> Figure:
     """Accuracy by class as bars, best at the top, with the overall accuracy as a line.
 
     Args:
-        accuracies: (C,) percent.
+        accuracies: (C,) percent; NaN or None for a class without images.
         classes: C names.
         mean: overall accuracy, percent.
     """
-    order = np.argsort(np.nan_to_num(accuracies, nan=-1.0), kind="stable")
-    with mpl.rc_context(STYLE):
-        figure, axis = new_figure(3.9)
-        values = np.nan_to_num(accuracies[order])
-        axis.barh(np.arange(len(order)), values, color=[BLUE if v >= mean else ORANGE for v in values], height=0.72)
-        for position, value in enumerate(values):
-            axis.annotate(
-                f"{value:.1f}%",
-                (value, position),
-                xytext=(-5, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                color="white" if value >= mean else "black",
-                fontsize=9,
-                fontweight="bold",
-            )
-        axis.axvline(mean, color=GREY, ls="--", lw=1.2)
-        axis.annotate(
-            f"overall {mean:.2f}%",
-            (mean, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            color=GREY,
-            fontsize=9,
-            ha="center",
-        )
-        axis.set_yticks(np.arange(len(order)), [classes[i] for i in order])
-        axis.tick_params(axis="y", length=0)
-        axis.set_xlim(0, 100)
-        axis.grid(axis="y", visible=False)
-        axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-        axis.set_xlabel("test accuracy")
-        axis.set_title("Accuracy by class (orange: below the overall)")
+    values = np.array(accuracies, dtype=float)
+    order = np.argsort(np.nan_to_num(values, nan=-1.0), kind="stable")[::-1]
+    figure, axis = new_figure(np.clip(0.9 + 0.3 * len(order), 2, 9))
+    bars = np.nan_to_num(values[order])
+    axis.barh(np.arange(len(order)), bars, color=np.where(bars >= mean, BLUE, ORANGE), height=0.72)
+    axis.axvline(mean, color="black", ls="--", lw=1.2)
+    _name_ticks(axis.yaxis, [f"{_fit(classes[i], 4)}  {_percent(values[i])}" for i in order], most=50)
+    axis.set_ylim(len(order) - 0.4, -0.6)  # the first on top
+    axis.set_xlim(0, 100)
+    axis.grid(axis="y", visible=False)
+    axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axis.set_xlabel("test accuracy")
+    axis.set_title(f"Accuracy by class (dashed: overall {mean:.2f}%; orange: below it)")
     return figure
 
 
+def _percent(value: float) -> str:
+    return "no images" if np.isnan(value) else f"{value:.1f}%"
+
+
+@styled
+def effects(
+    names: Sequence[str],
+    means: Sequence[float],
+    errors: Sequence[float | None],
+    seeds: Sequence[Sequence[float]],
+    *,
+    title: str,
+    xlabel: str,
+    reference: int | None = None,
+    decimals: int = 1,
+) -> Figure:
+    """A row for every variant: the mean with its error bar, and below it each seed as a grey dot.
+
+    Args:
+        names: V strings, the first on top.
+        means: V values, in percent or in points.
+        errors: half the length of each error bar, None for no bar; ``xlabel`` says what they are (a standard deviation,
+            a standard error).
+        seeds: V sequences of single runs' values; an empty one where only the mean is to be shown.
+        title: over the whole.
+        xlabel: what is measured.
+        reference: number of the row that the others are compared with: orange, its mean a dashed line through all.
+        decimals: of the ticks, in percent.
+    """
+    figure, axis = new_figure(1.1 + 0.27 * len(names))
+    for row, (mean, error, values) in enumerate(zip(means, errors, seeds)):
+        color = ORANGE if row == reference else BLUE
+        if row == reference:
+            axis.axvline(mean, color=color, ls="--", lw=1.2)
+        axis.plot(values, [row + 0.25] * len(values), "o", color=GREY, mec="none", alpha=0.7, ms=4)
+        axis.errorbar(mean, row, xerr=error, fmt="o", color=color, ms=6, capsize=3, lw=1.6, zorder=3)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_formatter(PercentFormatter(decimals=decimals))
+    axis.set_xlabel(xlabel)
+    axis.set_title(title)
+    return figure
+
+
+@styled
+def scaling(curves: dict[str, Sequence[dict[str, float]]]) -> Figure:
+    """How cost grows, on log axes: seconds above and peak memory below, a column for each curve.
+
+    Args:
+        curves: by title, the points measured, smallest first: each with ``images``, ``batch_size``, ``seconds``,
+            ``peak_memory_mib`` and ``images_mib`` (MiB of the images themselves). A curve is drawn against ``images``,
+            or against ``batch_size`` where its points differ in that.
+    """
+    figure, axes = new_figure(5.4, 2, len(curves), sharex="col", squeeze=False)
+    for (title, points), above, below in zip(curves.items(), *axes):
+        column = {name: np.array([point[name] for point in points], dtype=float) for name in points[0]}
+        by_batch = len(set(column["batch_size"])) > 1
+        x, seconds, memory = (
+            column["batch_size" if by_batch else "images"],
+            column["seconds"],
+            column["peak_memory_mib"],
+        )
+        above.plot(x, seconds[-1] * x / x[-1], "--", color=GREY, lw=1.2, label="in proportion")
+        above.plot(x, seconds, "o", color=BLUE, ms=5, label="measured")
+        if not by_batch:
+            grown = memory[0] + column["images_mib"] - column["images_mib"][0]
+            below.plot(x, grown, "--", color=GREY, lw=1.2, label="the images alone", zorder=3)
+        below.plot(x, memory, "o-", color=BLUE, ms=5, label="measured")
+        below.set_ylim(memory.min() / 3, memory.max() * 3)  # so that flat looks flat
+        for axis in (above, below):
+            _log_axis(axis.yaxis)
+            axis.legend(loc="upper left")
+        _log_axis(below.xaxis)
+        below.set_xticks(x, [f"{value:,.0f}" for value in x])
+        above.set_title(title.replace(", by", ",\nby"), fontsize=10)
+        below.set_xlabel("batch size" if by_batch else "images")
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("peak memory, MiB")
+    return figure
+
+
+# --- the network --------------------------------------------------------------------------------------------------------
+
+
+@styled
 def gradient_norms(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
     """The size of the gradient at the input of every block, on a log axis, one panel a setting.
 
     Args:
         panels: by panel title, by curve name, (blocks + 1,) norms; a curve whose name holds "skip" is drawn in blue.
     """
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(3.5, 1, len(panels), squeeze=False)
-        for axis, (title, curves) in zip(axes[0], panels.items()):
-            for name, norms in curves.items():
-                color = BLUE if "skip" in name else ORANGE
-                axis.semilogy(np.arange(len(norms)), norms, color=color, marker="o", ms=3)
-                # Names where the curves are far apart, at the input, on the side that the curve leaves free.
-                offset = (16, -5) if norms[-1] > norms[0] else (10, 7)
-                axis.annotate(
-                    name, (0, norms[0]), xytext=offset, textcoords="offset points", color=color, fontweight="bold"
-                )
-            axis.set_title(title)
-            axis.set_xlabel("block (0: the network's input)")
-            axis.margins(y=0.14)
-        axes[0, 0].set_ylabel("norm of the gradient")
+    figure, axes = new_figure(3.5, 1, len(panels), squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for name, norms in curves.items():
+            axis.plot(norms, color=BLUE if "skip" in name else ORANGE, marker="o", ms=3, label=name)
+        _log_axis(axis.yaxis, ".0e", subs=(1,))
+        axis.set_title(title)
+        axis.set_xlabel("block (0: the network's input)")
+        axis.legend()
+    axes[0, 0].set_ylabel("norm of the gradient")
     return figure
 
 
+@styled
 def block_diagram(stages: Sequence[tuple[str, str, str, bool]]) -> Figure:
     """The network as a row of boxes, skip connections as arcs.
 
     Args:
         stages: (name, what is inside, output shape, has a residual block), input first.
     """
-    with mpl.rc_context(STYLE):
-        figure, axis = new_figure(2.9)
-        axis.set_axis_off()
-        axis.set_xlim(-0.55, len(stages) - 0.45)
-        axis.set_ylim(-1.25, 1.35)
-        half_width, half_height = 0.41, 0.62
-        for position, (name, inside, shape, residual) in enumerate(stages):
-            color = BLUE if residual else GREY
-            axis.add_patch(
-                FancyBboxPatch(
-                    (position - half_width, -half_height),
-                    2 * half_width,
-                    2 * half_height,
-                    boxstyle="round,pad=0,rounding_size=0.06",
-                    facecolor="#E6F1F8" if residual else "#F2F2F2",
-                    edgecolor=color,
-                    linewidth=1.3,
-                )
-            )
-            axis.text(position, 0.42, name, ha="center", va="center", fontweight="bold", fontsize=10, color=color)
-            axis.text(position, -0.12, inside, ha="center", va="center", fontsize=8, linespacing=1.35)
-            axis.text(position, -half_height - 0.2, shape, ha="center", va="center", fontsize=9, color="#333333")
-            if position:
-                axis.annotate(
-                    "",
-                    (position - half_width, 0),
-                    (position - 1 + half_width, 0),
-                    arrowprops={"arrowstyle": "->", "color": "#333333", "lw": 1.2},
-                )
-            if residual:
-                axis.annotate(
-                    "",
-                    (position + 0.3, half_height),
-                    (position - 0.3, half_height),
-                    arrowprops={
-                        "arrowstyle": "->",
-                        "color": BLUE,
-                        "lw": 1.6,
-                        "connectionstyle": "arc3,rad=-0.55",
-                    },
-                )
-                axis.text(position, half_height + 0.42, "x + R(x)", ha="center", va="center", color=BLUE, fontsize=9)
-        axis.text(
-            -0.55, -1.15, "below each box: channels × height × width of its output", fontsize=8.5, color="#555555"
+    figure, axis = new_figure(2.9)
+    axis.set_axis_off()
+    axis.set_xlim(-0.55, len(stages) - 0.45)
+    axis.set_ylim(-1.25, 1.35)
+    half_width, half_height = 0.41, 0.62
+    corner = "round,pad=0,rounding_size=0.06"
+    arrow = {"arrowstyle": "->", "color": "#333333", "lw": 1.2}
+    arc = {"arrowstyle": "->", "color": BLUE, "lw": 1.6, "connectionstyle": "arc3,rad=-0.55"}
+    centred = {"ha": "center", "va": "center"}
+    for x, (name, inside, shape, residual) in enumerate(stages):
+        color, face = (BLUE, "#E6F1F8") if residual else (GREY, "#F2F2F2")
+        origin = (x - half_width, -half_height)
+        axis.add_patch(
+            FancyBboxPatch(origin, 2 * half_width, 2 * half_height, boxstyle=corner, fc=face, ec=color, lw=1.3)
         )
-    return figure
-
-
-def activation_maps(
-    pictures: np.ndarray, maps: np.ndarray, titles: Sequence[str], colors: Sequence[str], title: str
-) -> Figure:
-    """Pictures above where the network looked.
-
-    Args:
-        pictures: (N, H, W, 3) uint8.
-        maps: (N, H, W) float in [0, 1], the evidence for the predicted class.
-        titles: N strings.
-        colors: N title colours.
-        title: over the whole.
-    """
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(2.75 * 8 / len(pictures), 2, len(pictures), squeeze=False)
-        for column, (picture, evidence, word, color) in enumerate(zip(pictures, maps, titles, colors)):
-            _show_picture(axes[0, column], picture, word, color)
-            _show_picture(axes[1, column], picture)
-            axes[1, column].imshow(evidence, cmap="viridis", alpha=0.6, vmin=0, vmax=1, interpolation="nearest")
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        axis.text(x, 0.42, name, fontweight="bold", color=color, **centred)
+        axis.text(x, -0.12, inside, fontsize=8.5, linespacing=1.35, **centred)
+        axis.text(x, -half_height - 0.2, shape, fontsize=9, color="#333333", **centred)
+        if x:
+            axis.annotate("", (x - half_width, 0), (x - 1 + half_width, 0), arrowprops=arrow)
+        if residual:
+            axis.annotate("", (x + 0.3, half_height), (x - 0.3, half_height), arrowprops=arc)
+            axis.text(x, half_height + 0.42, "x + R(x)", color=BLUE, fontsize=9, **centred)
+    axis.text(-0.55, -1.15, "below each box: channels × height × width of its output", fontsize=8.5, color="#555555")
     return figure

@@ -1,0 +1,181 @@
+"""Every figure of ``Results/``, each drawn here and nowhere else from the objects of a run.
+
+A figure is for looking at: where one cannot be drawn, ``draw_all`` says so and goes on, since weights and numbers must not
+be lost for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from models import CustomResNet
+from utils import analysis, lesson, plotting
+from utils.analysis import Predictions
+from utils.config import Config
+from utils.dataset import ImageDataset
+from utils.engine import History
+from utils.loaders import BatchedLoader
+from utils.lr_finder import LRRange
+from utils.schedule import one_cycle_beta1s, one_cycle_lrs
+from utils.transforms import BatchAugment, denormalize, normalize
+
+TEST_SHOWN = 20
+MISTAKES_SHOWN = 20
+EACH_IN_GRAD_CAM = 4  # so many right answers, and so many wrong ones
+
+
+@dataclass(frozen=True)
+class FigureInputs:
+    """What a finished run's figures are drawn from.
+
+    Attributes:
+        config: of the run.
+        dataset: what it was trained and tested on.
+        model: the tested network, on ``device``.
+        lr_range: the range in use, found or given.
+        history: of every epoch.
+        predictions: the tested network's, on all test images in their order.
+        device: where Grad-CAM computes.
+    """
+
+    config: Config
+    dataset: ImageDataset
+    model: CustomResNet
+    lr_range: LRRange
+    history: History
+    predictions: Predictions
+    device: torch.device | str
+
+
+def draw_all(run: FigureInputs) -> dict[str, Figure]:
+    """Every figure of ``Results/``, by file name; no ``lr_finder.png`` where the LRs were given instead of found.
+
+    A figure that fails is left out, with a warning that names it and the reason.
+    """
+    config, dataset, predictions = run.config, run.dataset, run.predictions
+    steps = -(-len(dataset.train_labels) // config.batch_size)
+    writers = {
+        "train.png": lambda: train_samples(dataset, config),
+        "test.png": lambda: test_samples(dataset),
+        "network.png": lambda: network(run.model),
+        "lr_finder.png": lambda: lr_range_test(run.lr_range),
+        "one_cycle.png": lambda: one_cycle(config, run.lr_range, steps),
+        "model_viz.png": lambda: training_curves(run.history, config.peak_epoch),
+        "mis.png": lambda: mistakes(dataset, predictions),
+        "confusion_matrix.png": lambda: confusion(predictions, dataset.classes),
+        "class_accuracy.png": lambda: class_accuracy(predictions, dataset.classes),
+        "grad_cam.png": lambda: grad_cam(run.model, dataset, predictions, run.device),
+    }
+    if not len(run.lr_range.losses):
+        del writers["lr_finder.png"]
+    figures = {}
+    for name, write in writers.items():
+        try:
+            figure = write()
+            figure.draw_without_rendering()  # some faults show only when the text is laid out
+            figures[name] = figure
+        except Exception as error:
+            warnings.warn(f"{name} is left out: {type(error).__name__}: {error}", stacklevel=2)
+    return figures
+
+
+def train_samples(dataset: ImageDataset, config: Config, count: int = 10, versions: int = 3) -> Figure:
+    """The first ``count`` train images above what the network sees of them in ``versions`` epochs."""
+    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
+    loader = BatchedLoader(
+        images,
+        labels,
+        len(images),
+        augment=BatchAugment(config.pad, config.pad_mode, config.flip, config.cutout),
+        alternate_flip=config.alternate_flip,
+        seed=config.seed,
+    )
+    augmented = np.stack([denormalize(batch) for _ in range(versions) for batch, _ in loader])
+    title = f"Train images, and what the network sees of them in {versions} epochs"
+    return plotting.augmentation_grid(images, augmented, _names(dataset, labels), title)
+
+
+def test_samples(dataset: ImageDataset, count: int = TEST_SHOWN) -> Figure:
+    """The first ``count`` test images, put through normalization and back: what the network really sees."""
+    shown = denormalize(normalize(torch.from_numpy(dataset.test_images[:count])))
+    return plotting.image_grid(shown, _names(dataset, dataset.test_labels[:count]), "Test images: never augmented")
+
+
+def network(model: CustomResNet) -> Figure:
+    """The network's stages and residual blocks, read off the model itself."""
+    return plotting.block_diagram(lesson.diagram_stages(model))
+
+
+def lr_range_test(lr_range: LRRange) -> Figure:
+    """The range test's curve, and what each rule reads off it; ``lr_range`` must be a found one."""
+    return plotting.lr_range_test(
+        lr_range.lrs, lr_range.losses, lr_range.smoothed, lr_range.suggestions, lr_range.lr_min, lr_range.lr_max
+    )
+
+
+def one_cycle(config: Config, lr_range: LRRange, steps_per_epoch: int) -> Figure:
+    """The LR and Adam's beta1 at every step, beside the annihilation phase that the assignment leaves out."""
+    cycle = (config.epochs, config.peak_epoch, steps_per_epoch)
+    lrs = one_cycle_lrs(lr_range.lr_min, lr_range.lr_max, *cycle)
+    beta1s = one_cycle_beta1s(*cycle) if config.cycle_beta1 else np.full(len(lrs), config.beta1)
+    last = len(lrs) - 1
+    # Back at LRMIN after nine tenths, or halfway from a later peak, then down to a hundredth of it.
+    corners = [0, lrs.argmax(), max(0.9 * last, (lrs.argmax() + last) / 2), last]
+    levels = [lr_range.lr_min, lr_range.lr_max, lr_range.lr_min, lr_range.lr_min / 100]
+    annihilated = np.interp(np.arange(len(lrs)), corners, levels)
+    return plotting.one_cycle(lrs, config.epochs, config.peak_epoch, beta1s, annihilated)
+
+
+def training_curves(history: History, peak_epoch: int) -> Figure:
+    """Loss and accuracy of every epoch."""
+    return plotting.training_curves(
+        history.train_loss, history.test_loss, history.train_accuracy, history.test_accuracy, peak_epoch
+    )
+
+
+def mistakes(dataset: ImageDataset, predictions: Predictions, count: int = MISTAKES_SHOWN) -> Figure:
+    """The ``count`` wrong answers that the network was surest of."""
+    worst = analysis.confident_mistakes(predictions, count)
+    return plotting.misclassified(
+        dataset.test_images[worst.index],
+        _names(dataset, worst.predicted),
+        _names(dataset, worst.true),
+        worst.predicted_probability,
+        worst.true_probability,
+    )
+
+
+def confusion(predictions: Predictions, classes: Sequence[str]) -> Figure:
+    """Which class is taken for which."""
+    return plotting.confusion_heatmap(analysis.confusion_matrix(predictions), classes)
+
+
+def class_accuracy(predictions: Predictions, classes: Sequence[str]) -> Figure:
+    """The accuracy of every class beside the overall one."""
+    return plotting.class_accuracy(analysis.per_class_accuracy(predictions), classes, predictions.accuracy)
+
+
+def grad_cam(model: CustomResNet, dataset: ImageDataset, predictions: Predictions, device: torch.device | str) -> Figure:
+    """Where the network looks: the first right answers, then the surest wrong ones."""
+    right = np.flatnonzero(predictions.predicted == predictions.labels)[:EACH_IN_GRAD_CAM]
+    wrong = analysis.confident_mistakes(predictions, EACH_IN_GRAD_CAM).index
+    shown = np.concatenate([right, wrong])
+    pictures, answers = dataset.test_images[shown], predictions.predicted[shown]
+    maps = lesson.class_activation_maps(model, normalize(torch.from_numpy(pictures).to(device)), answers)
+    return plotting.activation_maps(
+        pictures,
+        maps,
+        _names(dataset, answers),
+        _names(dataset, predictions.labels[shown]),
+        "The answer and the truth; below, the evidence for the answer (wrong answers in red)",
+    )
+
+
+def _names(dataset: ImageDataset, labels: np.ndarray) -> list[str]:
+    return [dataset.classes[label] for label in labels]

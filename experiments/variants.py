@@ -1,204 +1,137 @@
-"""What is tried: the recipe, and variants that change one thing about it."""
+"""What is tried: variants of the recipe, each a name and the settings that it changes."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+import numpy as np
 
-from models import CustomResNet
-from utils.config import Config
+from experiments.effects import Effect
 
-ORIGINAL_LR_MAX = 0.0157  # what the original write-up's range test suggested
+EMA_ALSO = (0.98, 0.995, 0.998)  # further averages of the weights, tested in each run of the screen at no cost
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One departure from the recipe.
-
-    Attributes:
-        name: unique in its table.
-        shows: what a reader learns from it.
-        changes: ``Config`` fields and their values.
-        lr_min_factor, lr_max_factor: the cycle's ends, as multiples of what the range test found.
-        edit_model: changes a new model in place.
-        edit_group: changes the optimizer's only parameter group in place, before the first step. ``OneCycleLR`` keeps
-            the ends of its ramps there: "initial_lr", "max_lr" and "min_lr" (the last step's).
-    """
+    """One departure from the recipe: ``name``, what it ``shows`` a reader, and ``Config`` fields with their values."""
 
     name: str
     shows: str
     changes: dict = field(default_factory=dict)
-    lr_min_factor: float = 1.0
-    lr_max_factor: float = 1.0
-    edit_model: Callable[[CustomResNet], None] | None = None
-    edit_group: Callable[[dict], None] | None = None
-
-    def departs_from(self, config: Config) -> bool:
-        """False when it only sets what ``config`` has already."""
-        plain = dataclasses.replace(self, name="", shows="", changes={}) == Variant("", "")
-        return not plain or dataclasses.replace(config, **self.changes) != config
 
 
+@dataclass(frozen=True)
+class Factor:
+    """One setting of the screen: the ``Config`` field and its two values, the recipe's as it was then and the other."""
+
+    name: str
+    field: str
+    low: object
+    high: object
+    why: str
+
+
+# What evidence from elsewhere speaks for (shared by nearly all fast CIFAR-10 recipes), or what nobody measured with Adam.
+FACTORS = (
+    Factor(
+        "LRMIN by onset",
+        "lr_rule",
+        "steepest-minimum",
+        "onset-minimum",
+        "an LRMIN far lower: decay to nearly zero beat decay to a tenth for AdamW (arXiv 2502.15938)",
+    ),
+    Factor("decay x 2", "decay_at_peak", 1.5e-3, 3e-3, "the train accuracy of 98% leaves room to regularize"),
+    Factor("LRMAX x 1.6", "lr_max_factor", 1.0, 1.6, "the range test's minimum is flat; a higher peak regularizes"),
+    Factor("ghost batch 64", "ghost_batch", 0, 64, "noisier batch statistics regularize (arXiv 1705.08741)"),
+    Factor("label smoothing 0.2", "label_smoothing", 0.1, 0.2, "what Page's recipe uses"),
+    Factor("no decay of vectors", "decay_norm_and_bias", True, False, "common, and unproven here: batch norm and bias"),
+    Factor("patch filters", "init", "default", "patches", "a start that need not be learned (arXiv 2404.00498)"),
+    Factor("dropout 0.05", "dropout", 0.0, 0.05, "the usual regularizer, in a small dose"),
+    Factor("beta2 0.95", "beta2", 0.99, 0.95, "0.999 would remember 10 of 24 epochs; is 100 steps still too long?"),
+    Factor(
+        "norm momentum 0.4",
+        "norm_momentum",
+        0.1,
+        0.4,
+        "running statistics that lag 2 steps behind the weights, not 10; the weight average takes out their noise",
+    ),
+    Factor(
+        "pad with grey", "pad_mode", "reflect", "constant", "mirrored borders, or the mean colour as in most recipes"
+    ),
+)
+BASE_RUNS = 4  # of each replicate of the screen: one is the design's last row, the others give the noise
+
+BASE = Variant("base", "every factor as it was before the screen", {factor.field: factor.low for factor in FACTORS})
 RECIPE = Variant("recipe", "every setting as in utils/config.py")
 
 
-# --- the model ------------------------------------------------------------------------------------------------------
+def plackett_burman() -> np.ndarray:
+    """The 12-run design for 11 factors of Plackett and Burman (1946): (12, 11) of -1 and +1, the last row all -1.
+
+    Any two columns are uncorrelated, so each factor's effect is read from all 12 runs.
+    """
+    first = [1 if sign == "+" else -1 for sign in "++-+++---+-"]
+    return np.array([np.roll(first, shift) for shift in range(11)] + [[-1] * 11])
 
 
-def remove_skips(model: CustomResNet) -> None:
-    """x + R(x) becomes R(x), with the same modules, and so the same parameters and initial weights."""
-    for layer in (model.layer1, model.layer3):
-        layer.conv, layer.block = nn.Sequential(layer.conv, layer.block), None
+def with_factors(name: str, shows: str, chosen: Collection[str]) -> Variant:
+    """The base with the named factors at their high values."""
+    return Variant(
+        name, shows, {factor.field: factor.high if factor.name in chosen else factor.low for factor in FACTORS}
+    )
 
 
-def pad_by_replication(model: CustomResNet) -> None:
-    """Convolutions continue the border pixels instead of padding with zeros."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.padding_mode = "replicate"
+def screen_design() -> list[Variant]:
+    """The design's twelve runs; the last is the base."""
+    rows = [[factor.name for factor, level in zip(FACTORS, row) if level > 0] for row in plackett_burman()[:-1]]
+    return [with_factors(f"design {number}", ", ".join(row), row) for number, row in enumerate(rows, 1)] + [BASE]
 
 
-def norm_momentum(momentum: float) -> Callable[[CustomResNet], None]:
-    """Batch norm's running statistics move by ``momentum`` a step (torch's default: 0.1)."""
-
-    def edit(model: CustomResNet) -> None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = momentum
-
-    return edit
+def levels_of(changes: dict) -> list[int]:
+    """A design run's row again, from its settings: +1 for each factor at its high value, else -1."""
+    return [1 if changes[factor.field] == factor.high else -1 for factor in FACTORS]
 
 
-# --- the optimizer's parameter group ----------------------------------------------------------------------------------
-
-
-def constant_lr(fraction: float) -> Callable[[dict], None]:
-    """``fraction`` of LRMAX from the first step to the last; LR times weight decay stays what it was at the peak."""
-
-    def edit(group: dict) -> None:
-        lr = fraction * group["max_lr"]
-        group["lr"] = group["initial_lr"] = group["max_lr"] = group["min_lr"] = lr
-        group["weight_decay"] /= fraction
-
-    return edit
-
-
-def no_warm_up(group: dict) -> None:
-    """LRMAX from the first step until the peak's epoch is over, then down as in the recipe."""
-    group["lr"] = group["initial_lr"] = group["max_lr"]
-
-
-def annihilation(group: dict) -> None:
-    """The way down ends at LRMIN / 100."""
-    group["min_lr"] /= 100
-
-
-def original_optimizer(group: dict) -> None:
-    """Annihilation, and Adam's L2 penalty of 1e-4 instead of decoupled decay."""
-    annihilation(group)
-    group["weight_decay"], group["decoupled_weight_decay"] = 1e-4, False
-
-
-# --- the lists ------------------------------------------------------------------------------------------------------
-
-CONSTANT_FRACTIONS = (0.1, 0.2, 0.05, 0.4)
-
-
-def constant_variants() -> dict[float, Variant]:
-    """A constant LR by its fraction of LRMAX: the best one is chosen on validation, then enters the ablations."""
-    return {
-        fraction: Variant(f"constant LR, LRMAX x {fraction}", "what the cycle buys", edit_group=constant_lr(fraction))
-        for fraction in CONSTANT_FRACTIONS
-    }
-
-
-def tuning(recipe: Config) -> list[Variant]:
-    """One factor at a time around ``recipe``, the most informative first; what it sets already is left out."""
-    variants = [
-        Variant(
-            f"LRMAX x {factor}, decay x {decay}",
-            "range-test rule and weight decay, together",
-            {"decay_at_peak": decay * recipe.decay_at_peak},
-            lr_max_factor=factor,
-        )
-        for factor, decay in (
-            *((0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)),  # along the axes first, then the grid's corners
-            *((0.5, 2.0), (0.5, 0.5), (2.0, 0.5), (2.0, 2.0), (0.25, 1.0), (0.25, 2.0), (1.0, 3.0)),
-        )
-    ]
-    variants += [
-        Variant(f"EMA {decay}" if decay else "no EMA", "averaging weights", {"ema_decay": decay})
-        for decay in (0.0, 0.995, 0.998, 0.98)
-    ]
-    variants += [
-        Variant(f"LRMIN x {factor}", "where the cycle begins and ends", lr_min_factor=factor)
-        for factor in (0.1, 0.3, 3.0)
-    ]
-    variants += [
-        Variant(f"rule {rule}", "which points of the range test's curve to take", {"lr_rule": rule})
-        for rule in ("steepest-minimum", "tenth-minimum", "valley-minimum")
-    ]
-    settings = [
-        ("label_smoothing", (0.2, 0.05, 0.0), "softer targets"),
-        ("dropout", (0.05, 0.1), "more regularization"),
-        ("beta2", (0.999, 0.95), "memory of Adam's second moment"),
-        ("beta1", (0.85, 0.95), "memory of Adam's first moment"),
-        ("cycle_beta1", (True,), "beta1 from 0.95 to 0.85 at the peak and back"),
-        ("eps", (1e-5, 1e-4, 1e-3), "a floor under Adam's second moment"),
-        ("logit_scale", (0.0625, 0.25, 1.0), "how large the first logits are"),
-        ("pad_mode", ("constant", "reflect"), "what is seen beyond the border"),
-        ("alternate_flip", (False, True), "both sides of an image in any two epochs, or a coin toss"),
-    ]
-    variants += [
-        Variant(f"{name} {value}", shows, {name: value}) for name, values, shows in settings for value in values
-    ]
-    variants += [
-        Variant(f"BN momentum {momentum}", "batch norm's running statistics", edit_model=norm_momentum(momentum))
-        for momentum in (0.4, 0.03)
-    ]
-    return [variant for variant in variants if variant.departs_from(recipe)] + list(constant_variants().values())
-
-
-def ablations(recipe: Config, constant: Variant) -> list[Variant]:
-    """The recipe without one of its parts at a time.
+def confirm(effects: Sequence[Effect]) -> list[Variant]:
+    """What the screen proposes, by a rule that was written down before it ran: the factors whose effect on accuracy is
+    larger than its standard error, all together; and the three of them with the largest effects.
 
     Args:
-        recipe: what they depart from.
-        constant: the best of ``constant_variants``.
+        effects: of each factor on accuracy, named as in ``FACTORS``.
     """
+    helped = sorted((e for e in effects if e.value > (e.error or 0.0)), key=lambda effect: -effect.value)
+    proposals = {"all that helped": helped, "the three that helped most": helped[:3]}
+    if len(helped) <= 3:
+        del proposals["the three that helped most"]
+    variants = [
+        with_factors(name, ", ".join(effect.name for effect in chosen), {effect.name for effect in chosen})
+        for name, chosen in proposals.items()
+        if chosen
+    ]
+    return [BASE, *variants]
+
+
+def ablations() -> list[Variant]:
+    """The recipe without one of its parts at a time."""
     return [
-        Variant("no residual connections", "what x + R(x) buys over R(x): same parameters", edit_model=remove_skips),
-        constant,
-        Variant("no warm-up", "what the way up to LRMAX buys", edit_group=no_warm_up),
-        Variant("with annihilation", "what ending at LRMIN / 100 would buy", edit_group=annihilation),
+        Variant(
+            "no residual connections", "what x + R(x) buys over R(x), with the same parameters", {"residual": False}
+        ),
+        *(
+            Variant(
+                f"constant LR {share} LRMAX",
+                "what a cycle buys over one learning rate",
+                {"schedule": "constant", "lr_max_factor": share, "lr_min_factor": share},
+            )
+            for share in (0.1, 0.4)
+        ),
+        Variant("no warm-up", "what the way up to LRMAX buys", {"schedule": "no-warm-up"}),
+        Variant("annihilation", "what a last LR of LRMIN / 100 would buy", {"schedule": "annihilation"}),
         Variant("no cutout", "what cutout buys", {"cutout": 0}),
-        Variant(f"padding {recipe.pad // 2} a side", "what the wider crop buys", {"pad": recipe.pad // 2}),
-        Variant(
-            "replicate padding", "zeros at the border of every convolution, or pixels", edit_model=pad_by_replication
-        ),
-        Variant(
-            f"batch {recipe.batch_size // 4}",
-            "four times the steps, LRs found anew",
-            {"batch_size": recipe.batch_size // 4},
-        ),
-        Variant(
-            "original settings",
-            "the original write-up: fixed LRs, coupled decay, annihilation, cycled beta1, 2 px of padding, no averaging",
-            {
-                "lr_min": ORIGINAL_LR_MAX / 100,
-                "lr_max": ORIGINAL_LR_MAX,
-                "beta2": 0.999,
-                "cycle_beta1": True,
-                "label_smoothing": 0.0,
-                "logit_scale": 1.0,
-                "ema_decay": 0.0,
-                "alternate_flip": False,
-                "pad": 2,
-            },
-            edit_model=pad_by_replication,
-            edit_group=original_optimizer,
-        ),
+        Variant("no flip", "what mirrored images buy", {"flip": False, "alternate_flip": False}),
+        Variant("padding 2", "what moving by 4 pixels buys over 2", {"pad": 2}),
+        Variant("no EMA", "what averaging the weights buys", {"ema_decay": 0.0}),
+        Variant("no label smoothing", "what softer targets buy", {"label_smoothing": 0.0}),
+        Variant("coupled decay", "Adam's L2 penalty of 1e-4, as the original had it", {"coupled_decay": 1e-4}),
     ]

@@ -88,28 +88,32 @@ class CustomResNet(nn.Module):
         logit_scale: the linear layer's output is multiplied by this. Two residual sums and a max-pool make the raw
             logits large, so that an untrained network starts at a loss of about 4.5; scaled by 1/8 (Page, 2018) it
             starts near ln 10 = 2.30, the loss of a network that knows nothing and says so.
+        width: channels of the first layer; the other three have 2, 4 and 8 times as many.
 
     Shapes:
         (N, 3, 32, 32) float -> (N, num_classes) logits (no softmax: it belongs to the loss, and to ``predict_proba``).
 
     Raises:
-        ValueError: ``num_classes`` below 2, ``dropout`` outside [0, 1), or an input that is not (N, 3, 32, 32).
+        ValueError: ``num_classes`` below 2, ``dropout`` outside [0, 1), ``width`` below 1, or an input that is not
+            (N, 3, 32, 32).
     """
 
-    def __init__(self, num_classes: int = 10, dropout: float = 0.0, logit_scale: float = 0.125):
+    def __init__(self, num_classes: int = 10, dropout: float = 0.0, logit_scale: float = 0.125, width: int = 64):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}: a classifier needs at least 2 classes")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}: choose a probability of at least 0 and below 1")
+        if width < 1:
+            raise ValueError(f"width is {width}: the first layer needs at least 1 channel; the recipe has 64")
         self.logit_scale = logit_scale
-        self.prep = CustomLayer(3, 64, pool=False, dropout=dropout)
-        self.layer1 = CustomLayer(64, 128, residual=True, dropout=dropout)
-        self.layer2 = CustomLayer(128, 256, dropout=dropout)
-        self.layer3 = CustomLayer(256, 512, residual=True, dropout=dropout)
+        self.prep = CustomLayer(3, width, pool=False, dropout=dropout)
+        self.layer1 = CustomLayer(width, 2 * width, residual=True, dropout=dropout)
+        self.layer2 = CustomLayer(2 * width, 4 * width, dropout=dropout)
+        self.layer3 = CustomLayer(4 * width, 8 * width, residual=True, dropout=dropout)
         self.pool = nn.MaxPool2d(4)
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(8 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):

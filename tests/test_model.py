@@ -58,6 +58,13 @@ def test_the_summary_has_50_rows_and_the_assignment_s_parameter_count(printed_su
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS
 
 
+def test_the_width_scales_every_layer(images):
+    model = CustomResNet(width=8).eval()
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert [convolution.out_channels for convolution in convolutions] == [8, 16, 16, 16, 32, 64, 64, 64]
+    assert model(images[:2]).shape == (2, 10)
+
+
 def test_convolutions_have_no_bias(model):
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 8
@@ -187,6 +194,7 @@ def test_a_wrong_input_shape_is_named_with_the_right_one(model, shape):
         (dict(num_classes=0), "num_classes is 0"),
         (dict(dropout=1.0), r"dropout is 1.0: choose a probability of at least 0 and below 1"),
         (dict(dropout=-0.1), "dropout is -0.1"),
+        (dict(width=0), "width is 0: the first layer needs at least 1 channel"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments, message):
@@ -196,7 +204,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, message):
 
 def test_a_few_steps_on_one_batch_lower_its_loss(toy):
     seed_everything(0)
-    model = CustomResNet().to(memory_format=torch.channels_last)
+    model = CustomResNet(width=16).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     images, labels = normalize(torch.from_numpy(toy.train_images[:10])), torch.from_numpy(toy.train_labels[:10])
     losses = []

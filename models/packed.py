@@ -1,0 +1,79 @@
+"""Small maps side by side: the same convolutions, laid out for a CPU with bf16 matrix units.
+
+AMX and AVX512-BF16 work on tiles of 16 and more pixels of a row. A row of a 4x4 map fills a quarter of one, and the last
+residual block spends a third of a training step on a fifth of its arithmetic. So eight images are put side by side,
+
+    | image 0 | 0 | image 1 | 0 | ... | image 7 | 0 |
+
+with one column of zeros behind each: the zero padding that a 3x3 convolution sees there anyway. Every pixel is the same
+sum of the same products, apart from products with zeros; modules, parameters and ``state_dict`` stay what they were.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.runtime import cpu_has_bf16
+
+SIDE_BY_SIDE = 8  # images in a row: 40 pixels of 4x4 maps, 72 of 8x8
+LARGEST_SIDE = 8  # rows of 16 pixels fill a tile by themselves
+
+
+class PackedConv2d(nn.Conv2d):
+    """A 3x3 convolution with padding 1 and stride 1 that packs maps of up to 8x8; larger ones it leaves as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if max(x.shape[-2:]) > LARGEST_SIDE or len(x) < SIDE_BY_SIDE:
+            return super().forward(x)
+        count, width = len(x), x.shape[-1]
+        return side_by_side_undone(super().forward(side_by_side(x)), count, width)
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (ceil(N / 8), C, H, 8 * (W + 1)), a column of zeros behind each image, in channels_last.
+
+    Missing images of the last row are zeros. One copy: each pixel's channels are contiguous and move together.
+    """
+    pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C)
+    missing = -len(x) % SIDE_BY_SIDE
+    if missing:
+        pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))
+    rows = F.pad(pixels.unflatten(0, (-1, SIDE_BY_SIDE)).transpose(1, 2), (0, 0, 0, 1))  # (N/8, H, 8, W + 1, C)
+    return rows.flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def side_by_side_undone(x: Tensor, count: int, width: int) -> Tensor:
+    """(ceil(N / 8), C, H, 8 * (W + 1)) -> (N, C, H, W) in channels_last, for ``count`` images of ``width`` pixels."""
+    rows = x.permute(0, 2, 3, 1).unflatten(2, (SIDE_BY_SIDE, width + 1))[:, :, :, :width]  # (N/8, H, 8, W, C)
+    return rows.transpose(1, 2).flatten(0, 1)[:count].permute(0, 3, 1, 2)
+
+
+def pack_small_maps(model: nn.Module) -> nn.Module:
+    """Let every 3x3 convolution of ``model`` with zero padding 1 and stride 1 pack small maps; in place, and returned.
+
+    Outputs and input gradients stay the same; a weight gradient adds the same products up in another order.
+    """
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _is_packable(module):
+            module.__class__ = PackedConv2d  # same parameters, same names, same hooks; only forward differs
+    return model
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """The inverse of ``pack_small_maps``; in place, and returned."""
+    for module in model.modules():
+        if type(module) is PackedConv2d:
+            module.__class__ = nn.Conv2d
+    return model
+
+
+def _is_packable(convolution: nn.Conv2d) -> bool:
+    wanted = {"kernel_size": (3, 3), "padding": (1, 1), "stride": (1, 1), "dilation": (1, 1), "padding_mode": "zeros"}
+    return all(getattr(convolution, name) == value for name, value in wanted.items())
+
+
+def packing_pays(precision_name: str, device: torch.device) -> bool:
+    """True for bf16 on a CPU that multiplies bf16 matrices; elsewhere packing costs two copies for nothing."""
+    return precision_name == "bf16" and device.type == "cpu" and cpu_has_bf16()

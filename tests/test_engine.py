@@ -32,7 +32,16 @@ from utils.engine import (
     train_epoch,
 )
 from utils.loaders import BatchedLoader, make_loaders
-from utils.runtime import CompileError, ConfigError, Precision, explain_failures, keep_freed_memory, pick_device, pick_precision, seed_everything
+from utils.runtime import (
+    CompileError,
+    ConfigError,
+    Precision,
+    explain_failures,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    seed_everything,
+)
 from utils.schedule import one_cycle_lrs
 from utils.transforms import normalize
 
@@ -353,7 +362,10 @@ def test_a_compiled_network_trains_to_the_same_weights(toy, inductor):
 def test_without_a_compiler_the_error_says_how_to_do_without(toy, inductor, monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
     monkeypatch.setattr(inductor, "force_disable_caches", True)
-    with pytest.raises(CompileError, match=r"torch\.compile failed \(.*C\+\+ compiler.*\): use --compile off"), explain_failures(1):
+    with (
+        pytest.raises(CompileError, match=r"torch\.compile failed \(.*C\+\+ compiler.*\): use --compile off"),
+        explain_failures(1),
+    ):
         train(toy, tiny_config(compile="default"))
 
 

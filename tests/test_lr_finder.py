@@ -14,7 +14,17 @@ from torch import nn
 
 from utils.config import ConfigError, quick
 from utils.loaders import BatchedLoader
-from utils.lr_finder import ONSET, RULES, SMOOTHING_WINDOW, LRRange, LRRangeError, find_lr, find_range, read_curve, smooth
+from utils.lr_finder import (
+    ONSET,
+    RULES,
+    SMOOTHING_WINDOW,
+    LRRange,
+    LRRangeError,
+    find_lr,
+    find_range,
+    read_curve,
+    smooth,
+)
 from utils.runtime import Precision, seed_everything
 from utils.schedule import one_cycle
 from utils.transforms import BatchAugment
@@ -54,7 +64,9 @@ def test_the_rules_find_the_steepest_fall_and_the_minimum_wherever_they_lie(star
     assert found.suggestions["minimum/10"] == pytest.approx(found.suggestions["minimum"] / 10)
     fall = losses[0] - found.smoothed.min()
     at_onset = np.interp(math.log(found.suggestions["onset"]), np.log(lrs), found.smoothed)
-    assert ONSET * fall <= losses[0] - at_onset < (ONSET + 0.1) * fall + 0.05  # one point of the curve at most behind it
+    assert (
+        ONSET * fall <= losses[0] - at_onset < (ONSET + 0.1) * fall + 0.05
+    )  # one point of the curve at most behind it
     assert found.suggestions["onset"] < found.suggestions["steepest"]
     assert found.suggestions["steepest"] / 30 < found.suggestions["valley"] < found.suggestions["minimum"]
 

@@ -86,7 +86,10 @@ def test_the_full_recipe_peaks_at_step_489():
         ((0.01, 0.1, 5, 5, 98), "epochs is 5 and peak_epoch is 5"),
         ((0.01, 0.1, 5, 0, 98), "epochs is 5 and peak_epoch is 0"),
         ((0.01, 0.1, 24, 5, 0), "steps_per_epoch is 0: an epoch has at least 1 batch"),
-        ((0.01, 0.1, 24, 1, 1), "the LR would rise within a single step: with 1 batch an epoch, use a smaller --batch-size, or a later --peak-"),
+        (
+            (0.01, 0.1, 24, 1, 1),
+            "the LR would rise within a single step: with 1 batch an epoch, use a smaller --batch-size, or a later --peak-",
+        ),
     ],
 )
 def test_settings_that_make_no_cycle_are_refused_with_the_reason(cycle, message):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from models import CustomResNet
-from utils.sources.image_folder import read_image
 from utils.engine import predict_batches
 from utils.runtime import Precision
+from utils.sources.image_folder import read_image
 from utils.transforms import normalize
 
 

@@ -446,7 +446,9 @@ def table_header() -> str:
 def table_row(history: History, epoch: int) -> str:
     """One epoch's row (``epoch`` from 0), as wide as the header."""
     tested = history.test_loss[epoch] is not None
-    test = f"{history.test_loss[epoch]:>10.4f} {history.test_accuracy[epoch]:>8.2f}%" if tested else f"{'-':>10} {'-':>9}"
+    test = (
+        f"{history.test_loss[epoch]:>10.4f} {history.test_accuracy[epoch]:>8.2f}%" if tested else f"{'-':>10} {'-':>9}"
+    )
     return (
         f"{epoch + 1:>5} {history.lr[epoch]:>9.6f} {history.train_loss[epoch]:>11.4f} "
         f"{history.train_accuracy[epoch]:>9.2f}% {test} {history.seconds[epoch]:>8.1f}"

@@ -161,7 +161,9 @@ def class_accuracy(predictions: Predictions, classes: Sequence[str]) -> Figure:
     return plotting.class_accuracy(analysis.per_class_accuracy(predictions), classes, predictions.accuracy)
 
 
-def grad_cam(model: CustomResNet, dataset: ImageDataset, predictions: Predictions, device: torch.device | str) -> Figure:
+def grad_cam(
+    model: CustomResNet, dataset: ImageDataset, predictions: Predictions, device: torch.device | str
+) -> Figure:
     """Where the network looks: the first right answers, then the surest wrong ones."""
     right = np.flatnonzero(predictions.predicted == predictions.labels)[:EACH_IN_GRAD_CAM]
     wrong = analysis.confident_mistakes(predictions, EACH_IN_GRAD_CAM).index

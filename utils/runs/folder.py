@@ -100,7 +100,9 @@ class RunFolder:
             fix = (
                 f"free {math.ceil(len(content) / 1e6)} MB there" if error.errno in OUT_OF_SPACE else "make it writable"
             )
-            kept = f"the checkpoint of epoch {self.saved_epochs} is still there" if self.saved_epochs else "none is lost"
+            kept = (
+                f"the checkpoint of epoch {self.saved_epochs} is still there" if self.saved_epochs else "none is lost"
+            )
             raise CheckpointError(
                 f"{self.checkpoint} could not be written ({reason_of(error)}); {kept}. To go on, {fix} and resume"
             ) from error

@@ -297,7 +297,12 @@ class Job:
         for average in self.state.averages[1:]:
             tested.append(report.final_test(average.module, self.dataset, self.device))
         return {
-            str(decay): {"accuracy": one.accuracy, "accuracy_tta": both.accuracy, "loss": one.loss, "loss_tta": both.loss}
+            str(decay): {
+                "accuracy": one.accuracy,
+                "accuracy_tta": both.accuracy,
+                "loss": one.loss,
+                "loss_tta": both.loss,
+            }
             for decay, (one, both) in zip(decays, tested)
         }
 

@@ -166,7 +166,17 @@ def build_metrics(
         "wall_seconds": float(sum(history.seconds)),
         **{
             name: record[name]
-            for name in ("range_test_seconds", "device", "precision", "world", "versions", "data", "source", "commit", "config")
+            for name in (
+                "range_test_seconds",
+                "device",
+                "precision",
+                "world",
+                "versions",
+                "data",
+                "source",
+                "commit",
+                "config",
+            )
         },
         "history": history.to_dict(),
         "note": note,

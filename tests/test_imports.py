@@ -8,17 +8,41 @@ import sys
 import pytest
 
 import utils
+import utils.runs
 from utils.runtime import PROJECT_ROOT
 
-READING_ORDER = re.findall(r"^\d+\. +``(\w+)``", utils.__doc__, flags=re.MULTILINE)
-MODULES = sorted(path.stem for path in (PROJECT_ROOT / "utils").glob("*.py") if path.stem != "__init__")
-OURS = {"utils", "models", *(path.stem for path in PROJECT_ROOT.glob("*.py"))}  # scripts are importable, too
+
+def listed(package) -> list[str]:
+    """The modules that a package's docstring numbers, in that order."""
+    return re.findall(r"^\d+\. +``(\w+)``", package.__doc__, flags=re.MULTILINE)
 
 
-def own_imports(path):
-    """What a file imports of this project: ``utils.x`` as ``x``, anything else by its top name."""
+# Everything in the order in which it may be imported: each only from those before it.
+LESSON, RUNS = listed(utils)[:-1], [f"runs.{name}" for name in listed(utils.runs)]
+ORDER = [*LESSON, *RUNS, "train", "predict", "run_notebook", "experiments", "benchmarks"]
+SCRIPTS = [path.stem for path in PROJECT_ROOT.glob("*.py")]
+
+
+def name_of(path) -> str:
+    """A file of this project as ``ORDER`` names it."""
+    parts = path.relative_to(PROJECT_ROOT).with_suffix("").parts
+    if parts[0] != "utils":
+        return parts[0]
+    return ".".join(parts[1:]) if parts[1] == "runs" else parts[1]
+
+
+FILES = sorted(
+    path
+    for pattern in ("*.py", "utils/**/*.py", "experiments/*.py", "benchmarks/*.py")
+    for path in PROJECT_ROOT.glob(pattern)
+    if path.name != "__init__.py"
+)
+
+
+def own_imports(path) -> set[str]:
+    """What a file imports of this project, as ``ORDER`` names it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -28,19 +52,32 @@ def own_imports(path):
             continue
         for name in names:
             top, *rest = name.split(".")
-            if top in OURS:
-                found.add(rest[0] if top == "utils" and rest else top)
+            if top == "utils" and rest:
+                found.add(".".join(rest[:2]) if rest[0] == "runs" else rest[0])
+            elif top in {"models", "experiments", "benchmarks", "tests", *SCRIPTS}:
+                found.add(top)
     return found
 
 
-def test_every_module_has_its_place_in_the_reading_order():
-    assert set(MODULES) <= set(READING_ORDER)
+def test_the_reading_order_names_every_module():
+    assert {name_of(path) for path in FILES} == set(ORDER)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_those_above_it(module):
-    above = READING_ORDER[: READING_ORDER.index(module)]
-    assert own_imports(PROJECT_ROOT / "utils" / f"{module}.py") <= {*above, "models"}
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT_ROOT)))
+def test_imports_go_one_way(path):
+    name = name_of(path)
+    allowed = {"models", *ORDER[: ORDER.index(name)]}
+    if name == "sources":
+        allowed = {"sources", "runtime"}  # pixels and nothing else
+    if name in ("experiments", "benchmarks"):
+        allowed = allowed - {"train", "predict", "run_notebook", "experiments"} | {name}
+    assert own_imports(path) <= allowed
+
+
+def test_the_lesson_knows_nothing_of_what_keeps_a_run_safe():
+    lesson = [path for path in FILES if name_of(path) in LESSON]
+    assert len(lesson) > 10
+    assert not [path.name for path in lesson if any(name.startswith("runs") for name in own_imports(path))]
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT_ROOT / "models").glob("*.py")), ids=lambda path: path.name)
@@ -62,7 +99,7 @@ for name in sys.argv[1:]:
 
 
 def test_importing_reaches_for_no_network(tmp_path):
-    names = ["utils", "models", *(f"utils.{name}" for name in READING_ORDER if name in MODULES), "train"]
+    names = ["utils", "models", *(f"utils.{name}" for name in [*LESSON, *RUNS]), "train"]
     result = subprocess.run(
         [sys.executable, "-c", WATCHED_IMPORT, *names],
         cwd=PROJECT_ROOT,

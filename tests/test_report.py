@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +28,6 @@ def metrics() -> dict:
     labels = np.arange(30) % 10
     answers = np.where(np.arange(30) < 20, labels, (labels + 1) % 10)
     plain = Predictions(np.eye(10, dtype=np.float32)[answers] * 0.9 + 0.01, labels)
-    report.close_history(history, plain)
     record = {
         "config": configs.full().to_dict(),
         "lr_range": {"lr_min": 5e-4, "lr_max": 1e-2, "rule": "steepest-minimum"},
@@ -38,10 +36,13 @@ def metrics() -> dict:
         "source": "image-folder",
         "device": "a CPU, 2 threads",
         "precision": "fp32",
+        "world": 1,
         "versions": {"python": "3.11", "torch": "2.15"},
         "commit": "0123abc",
     }
-    return report.build_metrics(record, configs.full(), history, plain, plain, CIFAR10_CLASSES)
+    closed = report.closed_history(history, plain)
+    assert history.test_accuracy == [50.0, 63.0]  # what a checkpoint holds stays as it was measured
+    return report.build_metrics(record, configs.full(), closed, 0.15, plain, plain, CIFAR10_CLASSES)
 
 
 def test_metrics_hold_what_a_result_must_be_quoted_with(metrics):
@@ -55,13 +56,20 @@ def test_metrics_hold_what_a_result_must_be_quoted_with(metrics):
 
 
 def test_several_seeds_give_a_mean_and_its_spread(metrics):
-    history, per_seed = History(**metrics["history"]), {0: (94.0, 94.5), 1: (95.0, 95.5)}
-    plain = Predictions(np.eye(10, dtype=np.float32), np.arange(10))
-    record = {**metrics, "lr_range": {"lr_min": 5e-4, "lr_max": 1e-2, "rule": "steepest-minimum"}}
-    several = report.build_metrics(record, configs.full(), history, plain, plain, CIFAR10_CLASSES, per_seed)
+    runs = [{**metrics, "test_accuracy": value, "test_accuracy_tta": value + 0.5} for value in (94.0, 95.0)]
+    several = {**metrics, **report.over_seeds(runs)}
     assert several["mean_accuracy"] == 94.5
     assert several["std_accuracy"] == pytest.approx(0.7071, abs=1e-4)
     assert "94.50 ± 0.71% (mean and std of 2 seeds)" in report.readme_blocks(several)["headline"]
+
+
+def test_a_class_without_test_images_has_no_accuracy(metrics):
+    plain = Predictions(np.eye(10, dtype=np.float32)[:5], np.arange(5))
+    record = {**metrics, "lr_range": {"lr_min": 5e-4, "lr_max": 1e-2, "rule": "steepest-minimum"}}
+    history = History(**metrics["history"])
+    found = report.build_metrics(record, configs.full(), history, 0.15, plain, plain, CIFAR10_CLASSES)
+    assert found["per_class_accuracy"]["truck"] is None
+    assert "nan" not in json.dumps(found, allow_nan=False).lower()
 
 
 def test_a_single_run_is_called_one(metrics):
@@ -85,48 +93,107 @@ def test_readme_parts_are_replaced_and_nothing_else(metrics):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(8.24, "8.2 s"), (119.6, "2 min 0 s"), (725, "12 min 5 s"), (4980, "1 h 23 min")]
+    ("seconds", "words"), [(8.24, "8.2 s"), (59.97, "1 min 0 s"), (119.6, "2 min 0 s"), (725, "12 min 5 s"), (4980, "1 h 23 min")]
 )
 def test_durations_read_well(seconds, words):
     assert report.duration(seconds) == words
 
 
-def test_only_the_full_recipe_on_cifar10_goes_to_results(toy, tmp_path):
-    full, quick = configs.full(), configs.quick()
-    assert report.results_folder(full, toy, tmp_path) == tmp_path  # 60 images are not CIFAR-10
-    assert report.results_folder(quick, toy, tmp_path) == tmp_path
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (configs.quick(), "a profile or subset other than the full one"),
+        (configs.full(train_images=5000), "a profile or subset other than the full one"),
+        (configs.full(lr_min=1e-3, lr_max=1e-2), "learning rates that were given"),
+        (configs.full(), r"other images \(toy images\)"),
+    ],
+)
+def test_only_the_full_recipe_on_cifar10_can_be_published(toy, config, problem):
+    with pytest.raises(ConfigError, match=rf"cannot be published .*{problem}.*: leave out --publish, or run the full"):
+        report.check_publishable(config, toy)
 
 
-def test_the_full_recipe_on_cifar10_goes_to_results(cifar10, tmp_path):
-    assert report.results_folder(configs.full(), cifar10, tmp_path) == report.RESULTS
-    assert report.results_folder(configs.full(train_images=5000), cifar10, tmp_path) == tmp_path
-    digits = report.results_folder(configs.full(), cifar10.subset(train=600), tmp_path)
-    assert digits == tmp_path
+def test_the_full_recipe_on_cifar10_can_be_published(cifar10):
+    report.check_publishable(configs.full(), cifar10)
 
 
-def test_results_hold_figures_weights_metrics_and_log(metrics, tmp_path):
-    torch.manual_seed(0)
-    model = CustomResNet()
-    figure = plotting.class_accuracy(np.full(10, 90.0), CIFAR10_CLASSES, 90.0)
-    report.write_results(tmp_path, metrics, model, {"class_accuracy.png": figure}, note="a note")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "class_accuracy.png",
-        "custom_resnet.safetensors",
-        "metrics.json",
-        "training_logs.md",
-    ]
-    assert report.read_metrics(tmp_path) == {**metrics, "note": "a note"}
-    assert (tmp_path / report.WEIGHTS_NAME).stat().st_size < 16e6
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of its own: a README with one generated part, and old results."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "Results")
+    monkeypatch.setattr(report.runtime, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(report, "render_readme", lambda text, metrics: f"32×32: {metrics['mean_accuracy']}")
+    report.RESULTS.mkdir()
+    (report.RESULTS / "of_an_older_run.png").write_bytes(b"old")
+    (tmp_path / "README.md").write_text("32×32: none", encoding="utf-8")
+    return tmp_path
+
+
+def finished_run(folder, metrics, seed=0, accuracy=94.0, **changes):
+    """A run's folder as ``Job.finish`` leaves it."""
+    folder.mkdir()
+    config = {**metrics["config"], "seed": seed, **changes}
+    report.write_metrics(folder, {**metrics, "config": config, "test_accuracy": accuracy})
+    for name in (WEIGHTS_NAME, "train.png", "checkpoint.pt"):
+        (folder / name).write_bytes(b"of seed %d" % seed)
+    return folder
+
+
+def test_publishing_replaces_results_as_one_set_of_one_run(project, metrics):
+    runs = [finished_run(project / f"run{seed}", metrics, seed, 94.0 + seed) for seed in (0, 1)]
+    published = report.publish(runs[0], runs[1:])
+    assert sorted(path.name for path in report.RESULTS.iterdir()) == [WEIGHTS_NAME, "metrics.json", "train.png"]
+    assert (report.RESULTS / "train.png").read_bytes() == b"of seed 0"
+    assert report.read_metrics(report.RESULTS) == published
+    assert published["seed_accuracies"] == [94.0, 95.0]
+    assert published["test_accuracy"] == 94.0
+    assert (project / "README.md").read_text(encoding="utf-8") == "32×32: 94.5"
+    assert "seeds 0, 1" in (project / "training_logs.md").read_text(encoding="utf-8")
+    assert [path.name for path in project.glob(".*")] == []  # nothing is left over
+
+
+def test_what_is_unfinished_or_different_is_not_published(project, metrics):
+    run = finished_run(project / "run", metrics)
+    other = finished_run(project / "other", metrics, seed=1, dropout=0.1)
+    with pytest.raises(ResultsError, match="differs from .* in dropout: only equal runs make a mean"):
+        report.publish(run, [other])
+    with pytest.raises(ResultsError, match=r"no .*metrics\.json: a run writes it when it is finished"):
+        report.publish(project)
+    assert (report.RESULTS / "of_an_older_run.png").exists()
+
+
+def test_a_kill_between_the_two_renames_of_publishing_loses_nothing(project, metrics, monkeypatch):
+    run = finished_run(project / "run", metrics)
+
+    def killed(source, target, replace=os.replace):
+        if target == report.RESULTS:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        report.publish(run)
+    assert not report.RESULTS.exists()
+    report.finish_interrupted_replacement(report.RESULTS)
+    assert (report.RESULTS / "of_an_older_run.png").exists()
+    report.publish(run)
+    assert (report.RESULTS / "train.png").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no json", ""])
+def test_metrics_that_no_run_wrote_are_refused(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ResultsError, match=r"metrics\.json (cannot be read|is not what a finished run writes)"):
+        report.read_metrics(tmp_path)
 
 
 def test_the_final_test_is_of_the_weights_in_the_file(toy, tmp_path):
     torch.manual_seed(0)
-    model = CustomResNet()
+    model = CustomResNet(width=8)
     plain, mirrored = report.final_test(model, toy, torch.device("cpu"))
-    report.save_weights(model, tmp_path / "weights.safetensors")
-    again, _ = report.final_test(
-        load_weights(CustomResNet(), tmp_path / "weights.safetensors"), toy, torch.device("cpu")
-    )
+    save_weights(model, tmp_path / "weights.safetensors", {"classes": list(CIFAR10_CLASSES), "width": 8})
+    loaded, _ = load_model(tmp_path / "weights.safetensors")
+    again, _ = report.final_test(loaded, toy, torch.device("cpu"))
     assert np.array_equal(plain.probabilities, again.probabilities)
     assert not np.array_equal(plain.probabilities, mirrored.probabilities)
 
@@ -140,14 +207,15 @@ def published() -> dict:
 
 
 def test_readme_and_log_agree_with_metrics(published):
-    assert report.render_readme(README.read_text(), published) == README.read_text()
-    assert (ROOT / "training_logs.md").read_text() == report.training_log(published)
+    assert report.render_readme(README.read_text(encoding="utf-8"), published) == README.read_text(encoding="utf-8")
+    assert (ROOT / "training_logs.md").read_text(encoding="utf-8") == report.training_log(published)
 
 
 def test_the_readmes_speed_table_is_the_measured_one():
     stored = json.loads((ROOT / "benchmarks" / "results" / "speed-cpu.json").read_text())
     assert not stored["machine"]["quick"]
-    assert report.replace_block(README.read_text(), "speed", speed.markdown_table(stored)) == README.read_text()
+    text = README.read_text(encoding="utf-8")
+    assert report.replace_block(text, "speed", speed.markdown_table(stored)) == text
 
 
 def test_the_published_figures_agree_with_each_other(published):
@@ -160,7 +228,7 @@ def test_the_published_figures_agree_with_each_other(published):
 
 
 def test_every_picture_and_file_that_the_readme_links_to_exists():
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)]+)\)", text)
     local = [link.split("#")[0] for link in links if not link.startswith(("http://", "https://", "#"))]
     assert len(local) > 10
@@ -172,7 +240,7 @@ def test_every_picture_and_file_that_the_readme_links_to_exists():
 def test_the_shipped_weights_recognize_real_images(cifar10, published):
     """300 images, so that the test stays short: the full check is `python predict.py --test`."""
     few = cifar10.subset(test=300)
-    model = load_weights(CustomResNet(), report.RESULTS / report.WEIGHTS_NAME)
+    model, _ = load_model(PUBLISHED_WEIGHTS)
     plain, _ = report.final_test(model, few, torch.device("cpu"))
     error = 3 * (published["test_accuracy"] * (100 - published["test_accuracy"]) / 300) ** 0.5  # three sigma
     assert plain.accuracy == pytest.approx(published["test_accuracy"], abs=error)
@@ -180,7 +248,6 @@ def test_the_shipped_weights_recognize_real_images(cifar10, published):
 
 @pytest.mark.skipif("S10_FULL_CHECKS" not in os.environ, reason="S10_FULL_CHECKS=1 tests all 10,000 images, a minute")
 def test_the_shipped_weights_score_exactly_what_metrics_say(cifar10, published):
-    plain, mirrored = report.final_test(
-        load_weights(CustomResNet(), report.RESULTS / report.WEIGHTS_NAME), cifar10, torch.device("cpu")
-    )
+    model, _ = load_model(PUBLISHED_WEIGHTS)
+    plain, mirrored = report.final_test(model, cifar10, torch.device("cpu"))
     assert (plain.accuracy, mirrored.accuracy) == (published["test_accuracy"], published["test_accuracy_tta"])

@@ -380,8 +380,8 @@ def with_progress_bar(
             )
 
     bar_read = time.monotonic()
-    # Within "with", since an error must not leave half a bar.
-    with tqdm(loader, desc=description, leave=False, unit="batch", disable=description is None) as bar:
+    hidden = {"disable": True} if description is None else {}  # else $TQDM_DISABLE decides
+    with tqdm(loader, desc=description, leave=False, unit="batch", **hidden) as bar:  # an error leaves no half bar
         for batch in bar:
             lrs.append(state.lr)
             state.last_lr = lrs[-1]

@@ -36,6 +36,10 @@ class LoaderError(Session10Error):
     """A loader process died; the message says how to do without."""
 
 
+class RankError(Session10Error):
+    """Another process of a run on several devices ended; the message says how to go on."""
+
+
 class CompileError(Session10Error):
     """``torch.compile`` does not work on this machine; the message says how to do without."""
 
@@ -226,6 +230,7 @@ _OUT_OF_MEMORY = (
 )
 _SHARED_MEMORY = ("insufficient shared memory", "unable to allocate shared memory", "Bus error", "unable to mmap")
 _DEAD_WORKER = "DataLoader worker (pid"
+_DEAD_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
 
 @contextlib.contextmanager
@@ -238,6 +243,7 @@ def explain_failures(batch_size: int):
     Raises:
         OutOfMemoryError: instead of what torch raises on a CPU or a GPU.
         LoaderError: instead of the DataLoader's RuntimeError.
+        RankError: instead of what gloo or NCCL raise when another process of the run is gone.
         CompileError: instead of whatever ``torch.compile`` raises without a working C++ compiler or Triton.
     """
     try:
@@ -257,6 +263,11 @@ def explain_failures(batch_size: int):
                 f"out of memory with batch_size {batch_size}: start anew with a smaller one, such as "
                 f"{max(1, batch_size // 2)}, or close what else uses this memory and resume"
             ) from error
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if any(phrase in text for phrase in _DEAD_RANK):
+                raise RankError(
+                    "another process of this run ended, so that this one stops too: start all of them again with --resume"
+                ) from error
         # A tensor on its way from a process that dies ends as a broken connection.
         if _DEAD_WORKER in text or (isinstance(error, (ConnectionError, EOFError)) and not _is_output(error)):
             raise LoaderError(

@@ -4,7 +4,7 @@ Every rank draws the same order and augmentation and takes its rows of each batc
 Gradients are averaged by torch's DistributedDataParallel. Rank 0 alone finds the learning rates, tests, saves and speaks.
 
 Batch norm normalizes each rank's rows by their own statistics, as a single GPU with half the batch would; the running
-statistics that are tested and saved are rank 0's.
+statistics are rank 0's, which every step hands on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Ranks:
         if self.world == 1:
             return model
         index = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=index, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=index, gradient_as_bucket_view=True)
 
     def weigh(self, criterion: nn.Module) -> nn.Module:
         """``criterion``, a mean over a rank's rows, weighted so that the ranks' average is the mean over all rows."""

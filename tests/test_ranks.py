@@ -1,0 +1,210 @@
+"""Several processes that train one run, over gloo on the CPU: the same run as one process, and nothing lost with one of them."""
+
+import copy
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from tests.small_runs import TinyNet
+from utils import engine
+from utils.config import Config, ConfigError, quick
+from utils.engine import make_optimizer
+from utils.loaders import make_loaders
+from utils.runs import figures
+from utils.runs.checkpoint import decode
+from utils.runs.ranks import Ranks, join_ranks, leave_ranks
+from utils.runtime import Precision
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", CPU)
+WORLD = 2
+ARGV = (
+    "--profile quick --train-images 42 --test-images 20 --batch-size 10 --epochs 4 --peak-epoch 1 --lr-min 1e-3 "
+    "--lr-max 1e-2 --precision fp32 --device cpu --threads 1"
+).split()
+
+
+@pytest.fixture
+def start_ranks(tmp_path):
+    """Start ``target(*args)`` on two ranks, and end whatever is left of them after the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([train.__name__, __name__])
+    started = []
+
+    def start(target, *args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = tmp_path / f"log{len(started)}"
+        processes = [context.Process(target=_rank, args=(rank, port, log, target, args)) for rank in range(WORLD)]
+        for process in processes:
+            process.start()
+        started.extend(processes)
+        return processes, log
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def _rank(rank: int, port: int, log, target, args) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout = sys.stderr = open(f"{log}.{rank}", "a", buffering=1)
+    torch.set_num_threads(1)
+    sys.exit(target(rank, *args))
+
+
+def said(log, rank: int) -> str:
+    with open(f"{log}.{rank}") as file:
+        return file.read()
+
+
+def join(processes) -> list[int]:
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+def small_config() -> Config:
+    return quick(train_images=None, test_images=None, batch_size=20, epochs=4, peak_epoch=1, ema_every=1)
+
+
+def new_network(num_classes: int) -> TinyNet:
+    torch.manual_seed(0)
+    model = TinyNet(num_classes)
+    model.dropout.p = 0.0
+    return model
+
+
+def two_steps(rank, dataset, out) -> None:
+    """Two Adam steps of two ranks; each writes its gradients after the first and its weights after the second."""
+    config, (ranks, _) = small_config(), join_ranks("cpu")
+    loader, _ = make_loaders(dataset, config, CPU, rank=ranks.rank, world=ranks.world)
+    model = new_network(10)
+    state = engine.start(model, config, 1e-3, 1e-2, len(loader), FP32)
+    state.criterion, state.parallel = ranks.weigh(state.criterion), ranks.parallel(model, CPU)
+    zero_grad, kept = state.optimizer.zero_grad, []
+    state.optimizer.zero_grad = lambda: (kept.append([p.grad.clone() for p in model.parameters()]), zero_grad())
+    for images, labels in list(loader)[-2:]:  # the last batch is smaller, and the ranks' rows are not equally many
+        engine.train_step(state, images, labels)
+    torch.save({"gradients": kept[0], "weights": [p.detach() for p in model.parameters()]}, f"{out}.{rank}")
+    leave_ranks()
+
+
+def test_two_ranks_take_the_step_of_one_process_whose_batch_norm_sees_the_same_groups(toy, tmp_path, start_ranks):
+    dataset = toy.subset(train=55)  # 20 + 20 + 15 images: 8 and 7 rows in the last batch
+    processes, log = start_ranks(two_steps, dataset, tmp_path / "out")
+    assert join(processes) == [0, 0], said(log, 0) + said(log, 1)
+    first, second = (torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(WORLD))
+    for name in ("gradients", "weights"):
+        assert all(torch.equal(one, other) for one, other in zip(first[name], second[name], strict=True)), name
+
+    config, model = small_config(), new_network(10)
+    loader, _ = make_loaders(dataset, config, CPU)
+    optimizer, gradients = make_optimizer(model, config, 1e-2), []
+    scheduler_lr = 1e-3
+    for group in optimizer.param_groups:
+        group["lr"] = scheduler_lr
+    for images, labels in list(loader)[-2:]:
+        logits = torch.empty(len(labels), 10)
+        for rank in range(WORLD):
+            logits[rank::WORLD] = model(images[rank::WORLD])
+        F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(first["gradients"], gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(first["weights"], model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-3)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def run_train(rank, dataset, argv, killed_rank=None, after_epoch=None) -> int:
+    """train.py on a tiny network; ``killed_rank`` dies once it has trained ``after_epoch`` epochs."""
+    train.load_dataset = lambda root: dataset
+    engine.build_model = lambda config, classes, images=None: new_network(classes)
+    figures.draw_all = lambda run: {}
+    train_epoch, count = engine.train_epoch, 0
+
+    def dying(*args):
+        nonlocal count
+        if rank == killed_rank and count == after_epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        return train_epoch(*args)
+
+    engine.train_epoch = dying
+    return train.main(argv)
+
+
+def weights_of(run_dir):
+    content = decode(run_dir / "checkpoint.pt").state
+    return content["model"], content["averages"][0], {**content["history"], "seconds": None}
+
+
+def assert_same_run(one, other) -> None:
+    for ours, theirs in zip(weights_of(one)[:2], weights_of(other)[:2], strict=True):
+        for name, value in ours.items():
+            assert value == theirs[name] if not torch.is_tensor(value) else torch.equal(value, theirs[name]), name
+    assert weights_of(one)[2] == weights_of(other)[2]
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_survives_the_death_of_either_and_resumes_bit_for_bit(toy, tmp_path, start_ranks):
+    dataset = toy.subset(train=42, test=20)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    processes, log = start_ranks(run_train, dataset, [*ARGV, "--run-dir", str(whole)])
+    assert join(processes) == [0, 0], said(log, 0) + said(log, 1)
+    assert "done: test accuracy" in said(log, 0)
+    assert "2 processes" in said(log, 0)
+    assert said(log, 1) == ""  # rank 0 alone speaks
+    assert decode(whole / "checkpoint.pt").record["world"] == WORLD
+
+    argv = [*ARGV, "--run-dir", str(broken), "--resume"]
+    for killed_rank, after_epoch in ((1, 2), (0, 1)):
+        processes, log = start_ranks(run_train, dataset, argv, killed_rank, after_epoch)
+        processes[killed_rank].join(120)
+        survivor = processes[1 - killed_rank]
+        survivor.join(30)  # torchrun would end it; left alone it must notice by itself
+        assert survivor.exitcode == 1, said(log, 1 - killed_rank)
+        assert "another process of this run ended" in said(log, 1 - killed_rank)
+        assert len(said(log, 1 - killed_rank).split("Traceback")) == 1
+    processes, log = start_ranks(run_train, dataset, argv)
+    assert join(processes) == [0, 0], said(log, 0) + said(log, 1)
+    assert "resuming after epoch" in said(log, 0)
+    assert_same_run(whole, broken)
+
+
+def test_one_process_under_torchrun_is_one_without(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert join_ranks("auto") == (Ranks(), "auto")
+    model = new_network(10)
+    criterion = copy.deepcopy(torch.nn.CrossEntropyLoss())
+    assert Ranks().parallel(model, CPU) is model
+    assert Ranks().weigh(criterion) is criterion
+    assert Ranks().share(3) == 3
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="nproc-per-node is above 2, the number of GPUs here: start as many"):
+        join_ranks("auto")

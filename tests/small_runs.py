@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,24 +14,24 @@ import torch
 from torch import Tensor, nn
 
 import train
-from benchmarks.kill_resume import RunProcess
-from utils import checkpoint, engine
-from utils.checkpoint import RunFolder, decode
+from utils import engine
 from utils.config import Config
 from utils.dataset import ImageDataset
-from utils.engine import TrainState, start
-from utils.loaders import make_loaders
-from utils.runtime import Precision, seed_everything
+from utils.runs import figures, folder
+from utils.runs.checkpoint import Checkpoint, decode
+from utils.runs.folder import NEWEST, PREVIOUS, RunFolder
+from utils.runs.weights import WEIGHTS_NAME
 
 EPOCHS = 4
 STEPS = 4  # an epoch
-FP32 = Precision("fp32", torch.device("cpu"))
+KILLED = -signal.SIGKILL
+GIVEN_LRS = ("--lr-min", "1e-3", "--lr-max", "1e-2")
 
 
 class TinyNet(nn.Module):
     """CustomResNet's stand-in: batch norm for its buffers, dropout because it draws from the global generator."""
 
-    def __init__(self, num_classes: int = 10, dropout: float = 0.0, logit_scale: float = 0.125):
+    def __init__(self, num_classes: int = 10):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, kernel_size=3, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(8)
@@ -43,50 +45,132 @@ class TinyNet(nn.Module):
 
 
 def tiny_config(**changes) -> Config:
-    settings = dict(profile="quick", batch_size=20, epochs=4, peak_epoch=1, ema_every=1, precision="fp32")
-    return Config(**{**settings, **changes})
-
-
-def tiny_state(dataset: ImageDataset, config: Config) -> tuple[TrainState, object, object]:
-    """A fresh state with its train and test loader."""
-    seed_everything(config.seed)
-    loaders = make_loaders(dataset, config, FP32.device)
-    return start(TinyNet(len(dataset.classes)), config, 1e-3, 1e-2, len(loaders[0]), FP32), *loaders
+    """``EPOCHS`` epochs of ``STEPS`` steps on 40 images."""
+    settings = dict(profile="quick", train_images=40, test_images=20, batch_size=10, epochs=EPOCHS, peak_epoch=1)
+    return Config(**{**settings, "precision": "fp32", "lr_min": 1e-3, "lr_max": 1e-2, **changes})
 
 
 def arguments(run_dir: Path, *more: str) -> list[str]:
-    """train.py's command line for ``EPOCHS`` epochs of ``STEPS`` steps."""
+    """train.py's command line for ``tiny_config``."""
     text = (
         f"--profile quick --train-images 40 --test-images 20 --batch-size 10 --epochs {EPOCHS} --peak-epoch 1 "
-        "--lr-min 1e-3 --lr-max 1e-2 --precision fp32 --device cpu --threads 1"
+        "--precision fp32 --device cpu --threads 1"
     )
-    return [*text.split(), "--run-dir", str(run_dir), *more]
+    return [*text.split(), *GIVEN_LRS, "--run-dir", str(run_dir), *more]
 
 
 def shrink(dataset: ImageDataset, replace: Callable = setattr) -> None:
-    """Let train.py use ``TinyNet`` and ``dataset``, and draw no figures."""
-    replace(train, "CustomResNet", TinyNet)
+    """Let runs use ``TinyNet``, train.py use ``dataset``, and draw no figures."""
+    replace(engine, "build_model", lambda config, num_classes, images=None: TinyNet(num_classes))
     replace(train, "load_dataset", lambda root: dataset)
-    replace(train, "make_figures", lambda *args: {})
+    replace(figures, "draw_all", lambda inputs: {})
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
 
 
 def epochs_kept(run_dir: Path) -> int:
     """How many epochs the newest checkpoint holds."""
-    return len(decode(run_dir / "checkpoint.pt")["history"]["lr"])
+    return decode(run_dir / NEWEST).epochs
+
+
+def outcome(run_dir: Path) -> dict:
+    """All that a finished run leaves and that must not depend on where it was stopped: everything but wall times."""
+    state = decode(run_dir / NEWEST).state
+    del state["history"]["seconds"]
+    return {**state, "weights": (run_dir / WEIGHTS_NAME).read_bytes()}
+
+
+def identical(a: object, b: object) -> bool:
+    """Bit for bit, tensors and containers alike."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(identical, a, b))
+    return type(a) is type(b) and a == b
+
+
+def small_checkpoint(epochs: int, run_id: str = "this-run") -> Checkpoint:
+    """A checkpoint of no network, for what a folder does with it."""
+    record = {"run_id": run_id, "lr_range": {"lr_max": 0.0125}}
+    return Checkpoint(run_id, epochs, record, {"weights": torch.full((50,), float(epochs))})
 
 
 # --- a process of its own -------------------------------------------------------------------------------------------
 
 
-def child(argv: list[str], dataset: ImageDataset, sabotage: Callable[[], None] | None = None) -> RunProcess:
-    """``train.main(argv)`` in another process, shrunk; ``sabotage()`` is called in it first."""
-    return RunProcess(argv, dataset, functools.partial(_prepare, dataset, sabotage))
+class RunProcess:
+    """``train.main(argv)`` on ``dataset`` in a process of its own, which leads a process group.
+
+    Forked from a server that has imported everything and computed nothing: it starts in no time.
+
+    Args:
+        argv: train.py's command line.
+        dataset: what its ``load_dataset`` returns; small, since it is sent to the process.
+        prepare: called there first.
+        log: where its output goes; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        dataset: ImageDataset,
+        prepare: Callable[[], None] | None = None,
+        log: str | os.PathLike = os.devnull,
+    ):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([train.__name__, __name__])
+        self._process = context.Process(target=_train, args=(argv, dataset, prepare, log))
+        self._process.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, number: int) -> None:
+        """A signal to the process; SIGKILL leaves nothing in it to run."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code; minus the signal's number when a signal ended it."""
+        self._process.join()
+        return self._process.exitcode
 
 
-def _prepare(dataset: ImageDataset, sabotage: Callable[[], None] | None) -> None:
+def _train(argv: list[str], dataset: ImageDataset, prepare: Callable[[], None] | None, log: str) -> None:
+    os.setpgid(0, 0)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(descriptor, number)
+        setattr(sys, stream, open(number, "w", encoding="utf-8", buffering=1, closefd=False))
+    multiprocessing.set_start_method(None, force=True)  # loader processes start as they do in any other process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train.load_dataset = lambda root: dataset
+    if prepare is not None:
+        prepare()
+    sys.exit(train.main(argv))
+
+
+def child(
+    argv: list[str], dataset: ImageDataset, sabotage: Callable[[], None] | None = None, log: str = os.devnull
+) -> RunProcess:
+    """A ``RunProcess``, shrunk; ``sabotage()`` is called in it first."""
+    return RunProcess(argv, dataset, functools.partial(_shrink_and, dataset, sabotage), log)
+
+
+def _shrink_and(dataset: ImageDataset, sabotage: Callable[[], None] | None) -> None:
     shrink(dataset)
     if sabotage is not None:
         sabotage()
+
+
+# --- sabotage ---------------------------------------------------------------------------------------------------------
 
 
 def die() -> None:
@@ -110,7 +194,7 @@ def at_step(number: int, action: Callable[[], None], replace: Callable = setattr
 
 def in_save(number: int, moment: str) -> None:
     """Die while writing the ``number``th checkpoint: "half-written", "before-renames" or "between-renames"."""
-    write_atomically, fsync, replace = checkpoint.write_atomically, os.fsync, os.replace
+    write_atomically, fsync, replace = folder.write_atomically, os.fsync, os.replace
     count = 0
 
     def half_written(descriptor):
@@ -120,32 +204,32 @@ def in_save(number: int, moment: str) -> None:
 
     def between(source, target):
         replace(source, target)
-        if str(target).endswith(RunFolder(".").previous.name):
+        if Path(target).name == PREVIOUS:
             die()
 
     def counting(path, content, keep=None):
         nonlocal count
-        count += keep is not None
-        if count == number and keep is not None:
+        count += 1
+        if count == number:
             if moment == "half-written":
                 os.fsync = half_written
             else:
                 os.replace = between if moment == "between-renames" else lambda *names: die()
         write_atomically(path, content, keep)
 
-    checkpoint.write_atomically = counting
+    folder.write_atomically = counting
 
 
-def after_save(number: int, action: Callable[[RunFolder, TrainState], None], replace: Callable = setattr) -> None:
-    """Call ``action`` once the ``number``th checkpoint is written."""
+def after_save(number: int, action: Callable[[RunFolder], None], replace: Callable = setattr) -> None:
+    """Call ``action`` once the ``number``th checkpoint is written; the first is the one before epoch 1."""
     save = RunFolder.save
     count = 0
 
-    def counting(self, state, config, data_fingerprint):
+    def counting(self, checkpoint):
         nonlocal count
-        save(self, state, config, data_fingerprint)
+        save(self, checkpoint)
         count += 1
         if count == number:
-            action(self, state)
+            action(self)
 
     replace(RunFolder, "save", counting)

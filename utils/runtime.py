@@ -294,11 +294,11 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.s10part")
 
 
-def remove_parts(path: Path) -> None:
-    """Remove what killed processes left half written of ``path``; nobody else may be writing it."""
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left half written in ``folder``; nobody else may be writing there."""
     with contextlib.suppress(OSError):
-        for part in path.parent.iterdir():
-            if part.name.startswith(f".{path.name}.") and part.suffix == ".s10part":
+        for part in folder.glob(".*.s10part"):
+            if part.stem.rpartition(".")[2].isdigit():
                 part.unlink()
 
 
@@ -339,7 +339,7 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
 def versions() -> dict[str, str]:
     """The versions a result is quoted with."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())

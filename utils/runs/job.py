@@ -28,7 +28,7 @@ from utils.dataset import ImageDataset
 from utils.loaders import make_loaders
 from utils.lr_finder import LRRange
 from utils.runs import figures, report
-from utils.runs.checkpoint import Checkpoint, CheckpointError, differences
+from utils.runs.checkpoint import Checkpoint, CheckpointError, differences, of_this_version
 from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
 from utils.runs.ranks import Ranks
 from utils.runs.weights import WEIGHTS_NAME, save_weights
@@ -161,17 +161,20 @@ class Job:
         self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
         if self._checkpoint is not None:
             self._record = self._checkpoint.record
-            self._check_same_run()
-            self._say_if_moved()
+            with of_this_version(self.folder.checkpoint):
+                self._check_same_run()
+                self._say_if_moved()
+                LRRange.from_dict(self._record["lr_range"])
 
     def _check_same_run(self) -> None:
         differing = differences(self._record["config"], self.config)
         if self._record["fingerprint"] != self.dataset.fingerprint():
             differing.append("other images")
         if differing:
+            copy = f" and its copy, {self.folder.mirror}" if self.folder.mirror else ""
             raise CheckpointError(
                 f"{self.folder.path} belongs to another run: {'; '.join(differing)}. Choose another run folder, or delete "
-                "this one"
+                f"this one{copy}"
             )
 
     def _say_if_moved(self) -> None:

@@ -9,7 +9,6 @@ import os
 import platform
 import random
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -277,13 +276,8 @@ def _is_output(error: Exception) -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line; where nobody reads it any more (a closed pipe, a full disk), be quiet from now on and go on."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        # The stream's buffer still holds the line, and Python would fail on it once more at exit.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print a line at once, also where the output goes to a file or a pipe."""
+    print(text, flush=True)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -170,18 +170,19 @@ def decode(path: Path) -> Checkpoint:
 
 
 def _parse_header(path: Path, line: bytes) -> Header:
-    fields = line.strip().split(b" ")
-    if fields[0] != MAGIC:
+    magic, *fields = line.strip().split(b" ")
+    if magic != MAGIC:
         raise DamagedError(f"{path} is not a Session 10 checkpoint, or its beginning is damaged")
     try:
-        if int(fields[1]) > FORMAT:
+        version, *fields = fields
+        if int(version) > FORMAT:
             raise CheckpointError(
-                f"{path} was written by a later version of this project (format {int(fields[1])}, this one reads {FORMAT}): "
+                f"{path} was written by a later version of this project (format {int(version)}, this one reads {FORMAT}): "
                 "go on with that version, or choose another run folder"
             )
-        _, _, digest, run_id, epochs = fields
+        digest, run_id, epochs = fields
         return Header(digest.decode("ascii"), run_id.decode("ascii"), int(epochs))
-    except ValueError as error:
+    except ValueError as error:  # also where a field is missing
         raise DamagedError(f"{path} is damaged: its first line is not whole") from error
 
 

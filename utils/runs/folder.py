@@ -201,7 +201,7 @@ class RunFolder:
             there = newest_header(self.mirror)
             if there is not None and (there.run_id != checkpoint.run_id or there.epochs > checkpoint.epochs):
                 whose = "another run's" if there.run_id != checkpoint.run_id else "a later"
-                raise FileExistsError(errno.EEXIST, f"{whose} checkpoint is there")
+                raise CheckpointError(f"{whose} checkpoint is there")
             write_atomically(self.mirror / NEWEST, content, self.mirror / PREVIOUS)
 
         try:
@@ -260,7 +260,7 @@ def _retry(action: Callable):
     for _ in range(COPY_ATTEMPTS - 1):
         try:
             return action()
-        except (FileNotFoundError, FileExistsError):
+        except FileNotFoundError:
             raise
         except OSError:
             time.sleep(COPY_WAIT_SECONDS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from utils.runs import figures, report
 from utils.runs.checkpoint import Checkpoint, CheckpointError, differences, of_this_version
 from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
 from utils.runs.ranks import Ranks
-from utils.runs.weights import WEIGHTS_NAME, save_weights
+from utils.runs.weights import NETWORK_SETTINGS, WEIGHTS_NAME, save_weights
 from utils.runtime import say, write_atomically
 from utils.schedule import check_cycle
 from utils.transforms import normalize
@@ -270,28 +271,32 @@ class Job:
         )
         if len(state.averages) > 1:
             metrics["averages"] = self._test_averages(plain, mirrored)
-        about = {
-            "classes": list(dataset.classes),
-            "width": self.config.width,
-            "logit_scale": self.config.logit_scale,
-            "data": dataset.description,
-        }
+        about = {"classes": list(dataset.classes), "data": dataset.description}
+        about |= {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
         try:
             save_weights(state.tested_model, folder / WEIGHTS_NAME, about)
             write_atomically(folder / report.LOG_NAME, report.training_log(metrics).encode())
             report.write_metrics(folder, metrics)
-            inputs = figures.FigureInputs(
-                self.config, dataset, state.tested_model, self.lr_range, history, plain, self.device
-            )
-            for name, figure in figures.draw_all(inputs).items():
-                plotting.save_figure(figure, folder / name)
         except OSError as error:
             raise report.ResultsError(
                 f"the results could not be written ({reason_of(error)}: {error.filename}). All {self.config.epochs} epochs "
                 f"are kept in {self.folder.checkpoint}: mend this, then resume, and only the test and the results are "
                 "made again"
             ) from error
-        return Results(metrics, plain, mirrored, history)
+        results = Results(metrics, plain, mirrored, history)
+        self._draw_figures(results)
+        return results
+
+    def _draw_figures(self, results: Results) -> None:
+        model, history, plain = self.state.tested_model, results.history, results.plain
+        inputs = figures.FigureInputs(self.config, self.dataset, model, self.lr_range, history, plain, self.device)
+        for name, figure in figures.draw_all(inputs).items():
+            try:
+                plotting.save_figure(figure, self.folder.path / name)
+            except Exception as error:  # whatever a drawing library may run into
+                warnings.warn(
+                    f"{name} could not be written ({reason_of(error)}): resume to draw it again", stacklevel=2
+                )
 
     def _test_averages(self, plain: Predictions, mirrored: Predictions) -> dict[str, dict[str, float]]:
         """Accuracy and loss of each average that rode along, by its decay."""

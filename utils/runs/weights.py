@@ -13,11 +13,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import CustomResNet
+from utils import engine
+from utils.config import Config
 from utils.runs.checkpoint import model_differences
-from utils.runtime import Session10Error, write_atomically
+from utils.runtime import ConfigError, Session10Error, write_atomically
 
 WEIGHTS_NAME = "custom_resnet.safetensors"
 HEADER_KEY = "session10"
+NETWORK_SETTINGS = ("width", "logit_scale", "residual", "conv_padding")  # of Config: what the weights alone do not tell
 
 
 class WeightsError(Session10Error):
@@ -38,8 +41,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict) -> N
     Args:
         model: its ``state_dict`` is written.
         path: ends in ``.safetensors``.
-        metadata: JSON values for the header: ``classes``, a list of names, is needed to load the file again; ``width``,
-            ``logit_scale`` and ``residual`` where they are not the recipe's; anything else may be told too.
+        metadata: JSON values for the header: ``classes``, a list of names, is needed to load the file again, and those
+            of ``NETWORK_SETTINGS`` that are not the recipe's; anything else may be told too.
 
     Raises:
         WeightsError: a weight is not finite, or too large for float16.
@@ -62,11 +65,11 @@ def load_model(path: str | os.PathLike) -> tuple[CustomResNet, dict]:
     classes = metadata.get("classes")
     if not (isinstance(classes, list) and len(classes) >= 2 and all(isinstance(name, str) for name in classes)):
         raise WeightsError(f"{path} does not name its classes, so it was not written by this project: use such a file")
-    settings = {name: metadata[name] for name in ("width", "logit_scale") if name in metadata}
     try:
+        config = Config(**{name: metadata[name] for name in NETWORK_SETTINGS if name in metadata})
         with torch.device("meta"):  # no memory for whatever width it names, and no random numbers drawn
-            model = CustomResNet(len(classes), **settings)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            model = engine.build_model(config, len(classes))
+    except (ConfigError, RuntimeError, OverflowError) as error:
         raise WeightsError(f"{path} describes a network that cannot be built ({error}): get a fresh copy") from error
     differing = model_differences(weights, model)
     if differing:
@@ -74,7 +77,9 @@ def load_model(path: str | os.PathLike) -> tuple[CustomResNet, dict]:
     for name, expected in model.state_dict().items():
         known = (torch.float16, torch.float32) if expected.is_floating_point() else (expected.dtype,)
         if weights[name].dtype not in known:
-            raise WeightsError(f"{path} holds {name} as {weights[name].dtype}, but it must be {known[0]}: get a fresh copy")
+            raise WeightsError(
+                f"{path} holds {name} as {weights[name].dtype}, but it must be {known[0]}: get a fresh copy"
+            )
     if metadata.get("sha256") != _digest(weights, metadata):
         raise WeightsError(f"{path} is damaged: its content does not match its checksum; get a fresh copy")
     _check_finite(weights, path)

@@ -79,7 +79,9 @@ def test_a_crash_between_the_renames_leaves_the_previous_checkpoint_in_use(saved
 def test_a_later_formats_checkpoint_is_refused_and_kept(saved):
     content = saved.checkpoint.read_bytes().replace(MAGIC + b" 2 ", MAGIC + b" 3 ", 1)
     saved.checkpoint.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"written by a later version of this project \(format 3, this one reads 2"):
+    with pytest.raises(
+        CheckpointError, match=r"written by a later version of this project \(format 3, this one reads 2"
+    ):
         saved.load()
     assert saved.checkpoint.read_bytes() == content
 

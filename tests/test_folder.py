@@ -132,6 +132,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(toy):
         message = log.read_text(encoding="utf-8").splitlines()[-1]
         assert "checkpoint.pt cannot be read (Permission denied), though it may be whole: make it readable" in message
         assert "damaged" not in message
+        assert "delete" not in message
         assert decode(folder.checkpoint).epochs == 1
 
 

@@ -191,6 +191,7 @@ class Payload:
         return os.mkdir, (str(self.trace),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", [pickle.dump, torch.save])
 @pytest.mark.parametrize("header", [True, False])
 def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path, writer, header):

@@ -8,13 +8,14 @@ READY  := $(VENV)/.ready
 export PYTHONUNBUFFERED := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup run test lint bench clean
+.PHONY: help setup run test lint bench fuzz clean
 
 help:
 	@echo "make run    set up, then execute the notebook (S10_PROFILE=quick or full)"
 	@echo "make test   set up, then run every check"
 	@echo "make lint   ruff's checks and formatting, without changing anything"
 	@echo "make bench  measure this machine: our pipeline beside the usual one"
+	@echo "make fuzz   break files and runs at random for 10 minutes (MINUTES=...) and see that all is noticed"
 	@echo "make clean  remove the virtual environment and caches (not data/, not runs/)"
 
 setup: $(READY)
@@ -39,6 +40,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.speed
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

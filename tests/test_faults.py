@@ -8,18 +8,35 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
-from small_runs import EPOCHS, STEPS, TinyNet, after_save, arguments, at_step, child, epochs_kept, shrink
+from matplotlib.figure import Figure
 
 import train
-from benchmarks.kill_resume import identical, outcome
-from utils.checkpoint import RunFolder, decode
-from utils.report import WEIGHTS_NAME
-from utils.runtime import LoaderError, OutOfMemoryError, clear_failures
+from tests.small_runs import (
+    EPOCHS,
+    STEPS,
+    TinyNet,
+    after_save,
+    arguments,
+    at_step,
+    child,
+    epochs_kept,
+    identical,
+    outcome,
+    shrink,
+)
+from utils.runs import figures, report
+from utils.runs.checkpoint import decode
+from utils.runs.folder import NEWEST, PREVIOUS, RunFolder
+from utils.runs.weights import WEIGHTS_NAME
+from utils.runtime import CompileError, LoaderError, OutOfMemoryError, explain_failures
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are made with POSIX means")
+LOADER = ("--pipeline", "albumentations", "--num-workers", "1")
 
 
 @pytest.fixture
@@ -52,11 +69,11 @@ def one_message(run):
     return one_message
 
 
-@pytest.fixture
-def expected(run, tmp_path_factory):
+@pytest.fixture(scope="module")
+def expected(toy, tmp_path_factory):
     """The outcome of a run to which nothing happened."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert run(arguments(run_dir))[0] == 0
+    assert child(arguments(run_dir), toy).wait() == 0
     return outcome(run_dir)
 
 
@@ -82,20 +99,19 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_resumes_once_there_is_room(
     disk = tmp_path / "disk"
     with mounted(disk, "size=2m"):
 
-        def fill(folder, state):
+        def fill(folder):
             with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
 
         with monkeypatch.context() as patch:
-            after_save(2, fill, patch.setattr)
+            after_save(3, fill, patch.setattr)
             message = one_message(arguments(disk / "run"))
         assert "checkpoint.pt could not be written (No space left on device)" in message
         assert "the checkpoint of epoch 2 is still there" in message
         assert "MB there and resume" in message
-        assert epochs_kept(disk / "run") == 2
-        assert len(decode(disk / "run" / "checkpoint.previous.pt")["history"]["lr"]) == 1
-        assert not list((disk / "run").glob("*.part"))
+        assert (decode(disk / "run" / NEWEST).epochs, decode(disk / "run" / PREVIOUS).epochs) == (2, 1)
+        assert not list((disk / "run").glob(".*.s10part"))
 
         (disk / "filler").unlink()
         assert run(arguments(disk / "run", "--resume"))[0] == 0
@@ -105,10 +121,10 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_resumes_once_there_is_room(
 def test_a_limit_on_file_size_keeps_the_checkpoint_before(tmp_path, one_message, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limit(folder, state):
+    def limit(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (folder.checkpoint.stat().st_size // 2, hard))
 
-    after_save(1, limit, monkeypatch.setattr)
+    after_save(2, limit, monkeypatch.setattr)
     try:
         message = one_message(arguments(tmp_path / "run"))
     finally:
@@ -117,52 +133,110 @@ def test_a_limit_on_file_size_keeps_the_checkpoint_before(tmp_path, one_message,
     assert epochs_kept(tmp_path / "run") == 1
 
 
-def test_read_only_results_say_where_the_run_is_and_how_to_retry(tmp_path, run, one_message, monkeypatch, expected):
-    results, run_dir = tmp_path / "Results", tmp_path / "run"
-    monkeypatch.setattr(train, "results_folder", lambda *args: results)
-    with mounted(results, "ro"):
-        message = one_message(arguments(run_dir, "--publish"))
-    assert "the results could not be written: [Errno 30] Read-only file system" in message
-    assert f"All {EPOCHS} epochs are kept in {run_dir / 'checkpoint.pt'}" in message
-    assert "--resume" in message
+def test_results_that_cannot_be_written_are_made_by_resuming(tmp_path, run, one_message, expected):
+    run_dir = tmp_path / "run"
+    (run_dir / WEIGHTS_NAME).mkdir(parents=True)
+    message = one_message(arguments(run_dir))
+    assert "the results could not be written (Is a directory" in message
+    assert f"All {EPOCHS} epochs are kept in {run_dir / NEWEST}" in message
+    assert "add --resume to the same command" in message
     assert epochs_kept(run_dir) == EPOCHS
 
-    code, _, out = run(arguments(run_dir, "--publish", "--resume"))
+    (run_dir / WEIGHTS_NAME).rmdir()
+    code, _, out = run(arguments(run_dir, "--resume"))
     assert code == 0
     assert f"resuming after epoch {EPOCHS} of {EPOCHS}" in out
-    assert (results / WEIGHTS_NAME).read_bytes() == expected["weights"]
+    assert identical(outcome(run_dir), expected)
 
 
-def test_a_folder_in_place_of_the_weights_file_is_no_reason_to_lose_the_run(tmp_path, one_message):
-    (tmp_path / "run" / WEIGHTS_NAME).mkdir(parents=True)
-    assert "the results could not be written" in one_message(arguments(tmp_path / "run"))
-    assert epochs_kept(tmp_path / "run") == EPOCHS
+def test_a_figure_that_cannot_be_written_is_a_warning_and_all_else_is_there(tmp_path, run, monkeypatch):
+    (tmp_path / "run" / "mis.png").mkdir(parents=True)
+    monkeypatch.setattr(figures, "draw_all", lambda inputs: {"mis.png": Figure(), "test.png": Figure()})
+    code, messages, _ = run(arguments(tmp_path / "run"))
+    assert code == 0
+    assert len(messages) == 1
+    assert messages[0].startswith("train.py: warning: mis.png could not be written (Is a directory)")
+    assert report.read_metrics(tmp_path / "run")["epochs"] == EPOCHS
+    assert (tmp_path / "run" / "test.png").stat().st_size
 
 
 def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path, one_message):
-    (tmp_path / "run").write_text("a file")
+    (tmp_path / "run").write_text("a file", encoding="utf-8")
     message = one_message(arguments(tmp_path / "run"))
     assert "cannot be used as a run folder (File exists): choose another one" in message
 
 
 def test_a_run_folder_deleted_in_mid_run_is_made_anew_and_the_run_goes_on(tmp_path, run, monkeypatch, expected):
     run_dir = tmp_path / "run"
-    after_save(2, lambda folder, state: shutil.rmtree(folder.path), monkeypatch.setattr)
+    after_save(3, lambda folder: shutil.rmtree(folder.path), monkeypatch.setattr)
     code, messages, _ = run(arguments(run_dir))
     assert code == 0
     assert len(messages) == 1
     assert "was deleted while the run was going: it is made anew, with the checkpoint after epoch 3" in messages[0]
-    assert (run_dir / "run.json").exists()
     assert identical(outcome(run_dir), expected)
 
 
 def test_a_deleted_run_folder_that_cannot_be_made_anew_ends_the_run(tmp_path, one_message, monkeypatch):
-    def replace_by_file(folder, state):
+    def replace_by_file(folder):
         shutil.rmtree(folder.path.parent)
-        folder.path.parent.write_text("a file")
+        folder.path.parent.write_text("a file", encoding="utf-8")
 
-    after_save(1, replace_by_file, monkeypatch.setattr)
+    after_save(2, replace_by_file, monkeypatch.setattr)
     assert "cannot be used as a run folder" in one_message(arguments(tmp_path / "runs" / "run"))
+
+
+def test_a_torn_newest_checkpoint_is_reported_and_the_run_still_ends_in_the_same_bits(tmp_path, run, expected):
+    run_dir = tmp_path / "run"
+    assert run(arguments(run_dir))[0] == 0
+    content = (run_dir / NEWEST).read_bytes()
+    (run_dir / NEWEST).write_bytes(content[: len(content) // 2])
+    code, messages, out = run(arguments(run_dir, "--resume"))
+    assert code == 0
+    assert len(messages) == 1
+    assert messages[0].startswith("train.py: warning: ")
+    assert f"going on from {PREVIOUS}, which holds {EPOCHS - 1} epochs" in messages[0]
+    assert f"resuming after epoch {EPOCHS - 1} of {EPOCHS}" in out
+    assert identical(outcome(run_dir), expected)
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+STREAMS = {1: "stdout", 2: "stderr"}
+
+
+def _broken_pipe(number: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    setattr(sys, STREAMS[number], open(writing, "w", encoding="utf-8"))
+
+
+def _full(number: int) -> None:
+    setattr(sys, STREAMS[number], open("/dev/full", "w", encoding="utf-8"))
+
+
+def _closed(number: int) -> None:
+    os.close(number)
+    setattr(sys, STREAMS[number], None)  # as Python itself does when it starts without one
+
+
+def _ascii(number: int) -> None:
+    getattr(sys, STREAMS[number]).reconfigure(encoding="ascii", errors="strict")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("break_stream", [_broken_pipe, _full, _closed, _ascii])
+def test_outputs_that_nobody_can_read_end_no_run(tmp_path, toy, expected, break_stream):
+    run_dir = tmp_path / "Läufe" / "run"
+
+    assert child(arguments(run_dir), toy, partial(_on_both, break_stream)).wait() == 0
+    assert identical(outcome(run_dir), expected)
+
+
+def _on_both(break_stream) -> None:
+    os.environ["TQDM_DISABLE"] = "0"  # the progress bar writes as well
+    for number in (1, 2):
+        break_stream(number)
 
 
 # --- the computation --------------------------------------------------------------------------------------------------
@@ -170,148 +244,125 @@ def test_a_deleted_run_folder_that_cannot_be_made_anew_ends_the_run(tmp_path, on
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_epoch_and_lr(tmp_path, one_message):
     message = one_message(arguments(tmp_path / "run", "--lr-max", "1e38"))
-    assert "epoch 1: the loss is not finite at step" in message
+    assert f"epoch 1/{EPOCHS}: the loss is not finite at step" in message
     assert "lower lr_max" in message
     assert "no epoch was finished yet" in message
-    assert "--lr-min and --lr-max, in another --run-dir" in message
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert epochs_kept(tmp_path / "run") == 0
 
 
-def test_a_loss_that_is_not_finite_later_keeps_the_epochs_before(tmp_path, one_message, monkeypatch):
-    def poison(folder, state):
-        with torch.no_grad():
-            state.model.fc.weight[0, 0] = float("nan")
-
-    after_save(2, poison, monkeypatch.setattr)
-    message = one_message(arguments(tmp_path / "run"))
-    assert "epoch 3: the loss is not finite at step 1 of this epoch" in message
-    assert f"2 of {EPOCHS} epochs are kept in {tmp_path / 'run'}" in message
-    assert epochs_kept(tmp_path / "run") == 2
-    assert torch.isfinite(decode(tmp_path / "run" / "checkpoint.pt")["model"]["fc.weight"]).all()
-
-
-def test_running_out_of_memory_names_a_smaller_batch_and_keeps_the_epochs_before(tmp_path, one_message, monkeypatch):
+def _poison(folder):
     forward = TinyNet.forward
+    TinyNet.forward = lambda self, x: forward(self, x) * float("nan")
 
-    def hungry(folder, state):
-        monkeypatch.setattr(TinyNet, "forward", lambda self, x: forward(self, x) + torch.empty(1 << 58)[0])
 
-    after_save(1, hungry, monkeypatch.setattr)
-    message = one_message(arguments(tmp_path / "run"))
-    assert "out of memory with batch_size 10: start anew with a smaller one, such as 5" in message
-    assert f"1 of {EPOCHS} epochs are kept in" in message
-    assert epochs_kept(tmp_path / "run") == 1
+def _hunger(folder):
+    forward = TinyNet.forward
+    TinyNet.forward = lambda self, x: forward(self, x) + torch.empty(1 << 58)[0]
+
+
+def _kill_a_loader(folder):
+    def kill_newest():
+        os.kill(max(process.pid for process in multiprocessing.active_children() if process.daemon), signal.SIGKILL)
+
+    at_step(1, kill_newest)
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("fault", "words"),
     [
-        torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.6 GiB"
+        (_poison, f"epoch 2/{EPOCHS}: the loss is not finite at step 1, where the LR was "),
+        (_hunger, "out of memory with batch_size 10: start anew with a smaller one, such as 5"),
+        (_kill_a_loader, "a loader process died"),
+    ],
+)
+def test_a_fault_in_mid_run_is_one_message_and_keeps_the_epochs_before(tmp_path, toy, fault, words):
+    log, argv = tmp_path / "log", arguments(tmp_path / "run", *(LOADER if fault is _kill_a_loader else ()))
+    assert child(argv, toy, partial(after_save, 2, fault), log).wait() == 1
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("train.py:")] == [lines[-1]]
+    assert words in lines[-1]
+    assert f"1 of {EPOCHS} epochs are kept in {tmp_path / 'run'}" in lines[-1]
+    kept = decode(tmp_path / "run" / NEWEST)
+    assert kept.epochs == 1
+    assert torch.isfinite(kept.state["model"]["fc.weight"]).all()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OutOfMemoryError, "such as 256"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), OutOfMemoryError, "such as 256"),
+        (RuntimeError("could not create a primitive"), OutOfMemoryError, "such as 256"),
+        (MemoryError(), OutOfMemoryError, "such as 256"),
+        (RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "), LoaderError, "died .*: resume"),
+        (
+            RuntimeError("DataLoader worker is killed by signal: Bus error. It is possible"),
+            LoaderError,
+            "shared memory",
         ),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        MemoryError(),
+        (RuntimeError("unable to allocate shared memory(shm) for file"), LoaderError, "smaller --num-workers"),
+        (ConnectionResetError(104, "Connection reset by peer"), LoaderError, "died .*: resume"),
+        (EOFError(), LoaderError, "died .*: resume"),
+        (RuntimeError("shapes do not match"), RuntimeError, "^shapes do not match$"),
     ],
 )
-def test_what_a_gpu_says_when_its_memory_is_full_is_understood(error):
-    words = "batch_size 512: start anew with a smaller one, such as 256"
-    with pytest.raises(OutOfMemoryError, match=words), clear_failures(512):
+def test_every_way_in_which_a_machine_fails_is_understood_and_said_in_one_line(error, kind, words):
+    with pytest.raises(kind, match=words) as caught, explain_failures(512):
         raise error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly"),
-        RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "),
-        ConnectionResetError(104, "Connection reset by peer"),
-        EOFError(),
-    ],
-)
-def test_every_way_in_which_a_dead_loader_process_shows_is_understood(error):
-    words = r"a loader process died \(.+\), often for lack of memory: resume"
-    with pytest.raises(LoaderError, match=words), clear_failures(512), clear_failures(512):
-        raise error
-
-
-def test_other_errors_pass_unchanged():
-    with pytest.raises(RuntimeError, match=r"^shapes do not match$") as caught, clear_failures(512):
-        raise RuntimeError("shapes do not match")
-    assert not isinstance(caught.value, (OutOfMemoryError, LoaderError))
-
-
-def test_a_dead_loader_process_ends_the_run_and_keeps_the_epochs_before(tmp_path, one_message, monkeypatch):
-    def kill_newest_loader():
-        loaders = [process.pid for process in multiprocessing.active_children() if process.daemon]
-        os.kill(max(loaders), signal.SIGKILL)
-
-    at_step(STEPS + 1 + 1, kill_newest_loader, monkeypatch.setattr)  # the first batch of epoch 2; testing took one
-    message = one_message(arguments(tmp_path / "run", "--pipeline", "albumentations", "--num-workers", "1"))
-    assert message.count("a loader process died") == 1
-    assert "batched pipeline, which needs none" in message
-    assert f"1 of {EPOCHS} epochs are kept in" in message
-    assert epochs_kept(tmp_path / "run") == 1
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, (OutOfMemoryError, LoaderError, CompileError)) == (kind is not RuntimeError)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _ctrl_c_works():
-    """Python's own handler: a test run started in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_ctrl_c_works")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_ends_the_run_at_once_with_the_last_epoch_kept(tmp_path, run, monkeypatch, expected, number, code):
-    run_dir = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        at_step(2 * (STEPS + 1) + 2, lambda: os.kill(os.getpid(), number), patch.setattr)
-        found, messages, out = run(arguments(run_dir))
-    assert found == code
-    assert messages == [
+@pytest.mark.parametrize("to", ["the process", "its loaders too"])
+def test_an_interrupt_ends_the_run_at_once_with_the_last_epoch_kept(tmp_path, toy, expected, number, code, to):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    group = to == "its loaders too"
+    flags = LOADER if group else ()
+    process = child(arguments(run_dir, *flags), toy, partial(at_step, 2 * (STEPS + 1) + 2, signal.pause), log)
+    while not (run_dir / NEWEST).exists() or epochs_kept(run_dir) < 2:
+        assert process.is_alive
+        time.sleep(0.02)
+    time.sleep(0.1)  # well into epoch 3, where it waits
+    (os.killpg if group else os.kill)(process.pid, number)
+    assert process.wait() == code
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines[-1] == (
         f"train.py: interrupted; 2 of {EPOCHS} epochs are kept in {run_dir}: add --resume to the same command to go on"
-    ]
-    assert "done" not in out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    assert not any("Traceback" in line or "done" in line for line in lines)
     assert epochs_kept(run_dir) == 2
+    if not group:
+        assert child(arguments(run_dir, "--resume"), toy).wait() == 0
+        assert identical(outcome(run_dir), expected)
 
-    assert run(arguments(run_dir, "--resume"))[0] == 0
-    assert identical(outcome(run_dir), expected)
 
-
-@pytest.mark.usefixtures("_ctrl_c_works")
-def test_an_interrupt_in_the_first_epoch_says_to_run_again(tmp_path, run, monkeypatch):
-    at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch.setattr)
-    code, messages, _ = run(arguments(tmp_path / "run"))
+def test_an_interrupt_in_the_first_epoch_says_that_the_range_test_is_kept(tmp_path, run, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+    try:
+        at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch.setattr)
+        code, messages, _ = run(arguments(tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130
-    assert messages == ["train.py: interrupted; no epoch was finished yet: run the same command again"]
+    assert "interrupted; the LR range test is kept" in messages[0]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with RunFolder(tmp_path / "run") as folder:  # unlocked again
-        assert not folder.holds_checkpoint
+        assert folder.load().epochs == 0
 
 
-# --- two at once, and a damaged checkpoint ----------------------------------------------------------------------------
+# --- the drive --------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_process_on_the_same_folder_is_refused(tmp_path, toy, run):
-    run_dir = tmp_path / "run"
-    with RunFolder(run_dir):
-        assert child(arguments(run_dir), toy).wait() == 1
-    assert not (run_dir / "run.json").exists()
-
-
-def test_a_torn_newest_checkpoint_is_reported_and_the_run_still_ends_in_the_same_bits(tmp_path, run, expected):
-    run_dir = tmp_path / "run"
-    assert run(arguments(run_dir))[0] == 0
-    content = (run_dir / "checkpoint.pt").read_bytes()
-    (run_dir / "checkpoint.pt").write_bytes(content[: len(content) // 2])
-    code, messages, out = run(arguments(run_dir, "--resume"))
+def test_a_drive_that_cannot_be_written_is_named_again_at_the_end(tmp_path, run, monkeypatch):
+    (tmp_path / "drive").mkdir()
+    monkeypatch.setenv("S10_RUN_DIR", str(tmp_path / "drive"))
+    monkeypatch.setattr("utils.runs.folder.COPY_WAIT_SECONDS", 0.0)
+    after_save(2, lambda folder: (shutil.rmtree(folder.mirror), folder.mirror.touch()), monkeypatch.setattr)
+    code, messages, out = run(arguments(tmp_path / "run"))
     assert code == 0
-    assert len(messages) == 1
-    assert messages[0].startswith("train.py: warning: ")
-    assert f"going on from checkpoint.previous.pt, which holds epoch {EPOCHS - 1}" in messages[0]
-    assert f"resuming after epoch {EPOCHS - 1} of {EPOCHS}" in out
-    assert identical(outcome(run_dir), expected)
+    assert len(messages) == EPOCHS - 1
+    assert out.splitlines()[-1].startswith(f"the copy in {tmp_path / 'drive' / 'run'} is not up to date")

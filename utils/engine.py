@@ -385,7 +385,8 @@ def with_progress_bar(
         for batch in bar:
             lrs.append(state.lr)
             state.last_lr = lrs[-1]
-            torch.compiler.cudagraph_mark_step_begin()  # whatever CUDA graphs the last step used may be written over
+            if state.precision.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's CUDA graphs may be written over
             yield batch
             if description is not None and time.monotonic() - bar_read > BAR_SECONDS:
                 check()

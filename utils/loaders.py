@@ -8,6 +8,7 @@ the device; both have ``epoch`` and ``len``.
 from __future__ import annotations
 
 import dataclasses
+import signal
 
 import numpy as np
 import torch
@@ -150,6 +151,7 @@ class AlbumentationsDataset(Dataset):
 
 def _seed_worker(worker_id: int) -> None:
     """Give each loader process its own Albumentations stream: as copies of one pipeline, all would draw alike."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone answers it
     get_worker_info().dataset.transform.set_random_seed(torch.initial_seed() % 2**32)
 
 

@@ -9,7 +9,6 @@ import os
 import platform
 import random
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -288,13 +287,8 @@ def _is_output(error: Exception) -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line; where nobody reads it any more (a closed pipe, a full disk), be quiet from now on and go on."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        # The stream's buffer still holds the line, and Python would fail on it once more at exit.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print a line at once, also where the output goes to a file or a pipe."""
+    print(text, flush=True)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -305,11 +299,11 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.s10part")
 
 
-def remove_parts(path: Path) -> None:
-    """Remove what killed processes left half written of ``path``; nobody else may be writing it."""
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left half written in ``folder``; nobody else may be writing there."""
     with contextlib.suppress(OSError):
-        for part in path.parent.iterdir():
-            if part.name.startswith(f".{path.name}.") and part.suffix == ".s10part":
+        for part in folder.glob(".*.s10part"):
+            if part.stem.rpartition(".")[2].isdigit():
                 part.unlink()
 
 
@@ -350,7 +344,7 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
 def versions() -> dict[str, str]:
     """The versions a result is quoted with."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())

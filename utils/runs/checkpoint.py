@@ -9,9 +9,11 @@ A run resumed on the same machine with the same number of threads ends bit for b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +80,7 @@ class Checkpoint:
     def encode(self) -> bytes:
         """The file's bytes."""
         buffer = io.BytesIO()
-        torch.save({"run_id": self.run_id, "epochs": self.epochs, "record": self.record, "state": self.state}, buffer)
+        torch.save(vars(self), buffer)
         payload = buffer.getvalue()
         header = f" {FORMAT} {hashlib.sha256(payload).hexdigest()} {self.run_id} {self.epochs}\n"
         return MAGIC + header.encode() + payload
@@ -90,10 +92,10 @@ class Checkpoint:
             CheckpointError: it was written for another model or by another version of this project.
         """
         content = self.state
-        differing = model_differences(content["model"], state.model)
-        if differing:
-            raise CheckpointError(f"{path} is of {differing}: choose another run folder")
-        try:
+        with of_this_version(path):
+            differing = model_differences(content["model"], state.model)
+            if differing:
+                raise CheckpointError(f"{path} is of {differing}: choose another run folder")
             state.model.load_state_dict(content["model"])
             state.optimizer.load_state_dict(content["optimizer"])
             state.scheduler.load_state_dict(content["scheduler"])
@@ -103,11 +105,24 @@ class Checkpoint:
                 average.load_state_dict(saved)
             state.history = History(**content["history"])
             set_rng_states(content["rng"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} was written by another version of this project ({error!r}): finish the run with that version, "
-                "or choose another run folder"
-            ) from error
+
+
+@contextlib.contextmanager
+def of_this_version(path: Path) -> Iterator[None]:
+    """Within it, a checkpoint's content that is not laid out as this version of the project has it is refused.
+
+    Raises:
+        CheckpointError: instead of what Python raises when a part is missing or of another kind.
+    """
+    try:
+        yield
+    except Session10Error:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} was written by another version of this project ({error!r}): finish the run with that version, "
+            "or choose another run folder"
+        ) from error
 
 
 def read_header(path: Path) -> Header:
@@ -131,10 +146,11 @@ def decode(path: Path) -> Checkpoint:
     """
     try:
         raw = path.read_bytes()
-    except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read ({error.strerror}): make it readable for this user") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}), though it may be whole: make it readable for this user, or see that "
+            "its disk is there"
+        ) from error
     line, _, payload = raw.partition(b"\n")
     header = _parse_header(path, line)
     if hashlib.sha256(payload).hexdigest() != header.digest:
@@ -145,25 +161,28 @@ def decode(path: Path) -> Checkpoint:
         raise DamagedError(
             f"{path} is refused: it does not hold plain tensors and values only, so that loading it could run code"
         ) from error
-    try:
-        return Checkpoint(content["run_id"], content["epochs"], content["record"], content["state"])
-    except (KeyError, TypeError, IndexError) as error:
-        raise DamagedError(f"{path} is not a Session 10 checkpoint ({error!r} is missing)") from error
+    parts = {field.name for field in dataclasses.fields(Checkpoint)}
+    if not isinstance(content, dict) or content.keys() != parts:
+        raise DamagedError(f"{path} is not a Session 10 checkpoint: it holds other things")
+    if (content["run_id"], content["epochs"]) != (header.run_id, header.epochs):
+        raise DamagedError(f"{path} is damaged: its first line is of another checkpoint")
+    return Checkpoint(**content)
 
 
 def _parse_header(path: Path, line: bytes) -> Header:
-    fields = line.strip().split(b" ")
-    if fields[0] != MAGIC:
+    magic, *fields = line.strip().split(b" ")
+    if magic != MAGIC:
         raise DamagedError(f"{path} is not a Session 10 checkpoint, or its beginning is damaged")
     try:
-        if int(fields[1]) > FORMAT:
+        version, *fields = fields
+        if int(version) > FORMAT:
             raise CheckpointError(
-                f"{path} was written by a later version of this project (format {int(fields[1])}, this one reads {FORMAT}): "
+                f"{path} was written by a later version of this project (format {int(version)}, this one reads {FORMAT}): "
                 "go on with that version, or choose another run folder"
             )
-        _, _, digest, run_id, epochs = fields
+        digest, run_id, epochs = fields
         return Header(digest.decode("ascii"), run_id.decode("ascii"), int(epochs))
-    except ValueError as error:
+    except ValueError as error:  # also where a field is missing
         raise DamagedError(f"{path} is damaged: its first line is not whole") from error
 
 

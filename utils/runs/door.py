@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from utils.runtime import ConfigError, Session10Error
 
@@ -42,20 +43,49 @@ def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] =
     return 0
 
 
+class Output:
+    """A text stream that may lose its reader (``| head -1``, a full disk): from then on, what is written is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._until_nobody_reads():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._until_nobody_reads():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _until_nobody_reads(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # The stream's buffer still holds the text, and Python would fail on it once more at exit.
+            with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
 def prepare_streams() -> None:
     """Give the process streams that can be written to, in any encoding, whatever its caller closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):
+            stream = open(os.devnull, "w", encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a folder's name may not exist in the terminal's encoding
+        if not isinstance(stream, Output):
+            setattr(sys, name, Output(stream))
 
 
 def complain(text: str) -> None:
-    """Write a line to stderr, if anybody is there to read it."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    """Write a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

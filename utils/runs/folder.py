@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from utils.runs.checkpoint import Checkpoint, CheckpointError, DamagedError, Header, decode, read_header
-from utils.runtime import Session10Error, remove_parts, write_atomically
+from utils.runtime import Session10Error, remove_parts, say, write_atomically
 
 COPY_ATTEMPTS = 3  # at a mounted drive, which may be away for a moment
 COPY_WAIT_SECONDS = 1.0  # between two attempts
@@ -71,12 +71,13 @@ class RunFolder:
         """
         self._acquire()
         try:
-            for path in filter(None, (self.path, self.mirror)):
-                remove_parts(path / NEWEST)
-            for path in (self.checkpoint, self.previous):
-                if path.exists() and not path.is_file():
-                    raise CheckpointError(f"{path} is no file, so no checkpoint can be kept there: move it away")
-            self._fetch()
+            for folder in filter(None, (self.path, self.mirror)):
+                remove_parts(folder)
+                for path in (folder / NEWEST, folder / PREVIOUS):
+                    if os.path.exists(path) and not os.path.isfile(path):
+                        raise CheckpointError(f"{path} is no file, so no checkpoint can be kept there: move it away")
+            if self.mirror is not None:
+                self._fetch()
         except BaseException:
             self._lock.release()
             raise
@@ -92,7 +93,8 @@ class RunFolder:
             RunLockedError: the lock was taken away while the run was going, so that another process may be at work here.
             CheckpointError: it cannot be written; the checkpoints that were there still are.
         """
-        self._keep_lock(checkpoint)
+        if _identity(self._lock.lock_file) != self._lock_identity:
+            self._lock_again(checkpoint)
         content = checkpoint.encode()
         try:
             write_atomically(self.checkpoint, content, self.previous if self._newest_is_whole else None)
@@ -117,28 +119,19 @@ class RunFolder:
         Raises:
             CheckpointError: none is whole, or one cannot be read.
         """
-        problems = []
-        for path in (self.checkpoint, self.previous):
-            if not path.exists():
-                continue
-            try:
-                found = decode(path)
-            except DamagedError as error:
-                problems.append(str(error))
-                continue
-            self.saved_epochs = found.epochs
-            if problems:
-                # The next save must not put the damaged file in the place of this good one.
-                self._newest_is_whole = False
-                warnings.warn(
-                    f"{problems[0]}; going on from {path.name}, which holds {found.epochs} epochs", stacklevel=2
-                )
-            return found
-        if problems:
+        found, problems = newest_whole(self.path)
+        if found is None and problems:
             raise CheckpointError(
                 f"{'; '.join(problems)}. No whole checkpoint is left: delete {self.path} and start again"
             )
-        return None
+        if found is None:
+            return None
+        self.saved_epochs = found.epochs
+        if problems:
+            # The next save must not put the damaged file in the place of this good one.
+            self._newest_is_whole = False
+            warnings.warn(f"{problems[0]}; going on from {PREVIOUS}, which holds {found.epochs} epochs", stacklevel=2)
+        return found
 
     def _acquire(self) -> None:
         try:
@@ -155,15 +148,9 @@ class RunFolder:
                 "writable"
             ) from error
 
-    def _keep_lock(self, checkpoint: Checkpoint) -> None:
-        """See that the lock on the disk is still the one that this process holds.
-
-        Who deletes the folder, or the lock alone, lets a second process in. Where none has come, the run takes the lock
-        again and goes on.
-        """
-        if _identity(self._lock.lock_file) == self._lock_identity:
-            return
-        folder_is_gone = not self.path.exists()
+    def _lock_again(self, checkpoint: Checkpoint) -> None:
+        """Whoever deletes the folder, or the lock alone, lets a second process in; if none has come, the run goes on."""
+        is_deleted = not self.path.exists()
         self._lock.release(force=True)
         try:
             self._acquire()
@@ -175,8 +162,7 @@ class RunFolder:
                 f"{self.path} was deleted or unlocked while this run was going, and another process has begun there: this "
                 f"run stops without saving epoch {checkpoint.epochs}. Start it again in another run folder"
             ) from error
-        if folder_is_gone:
-            self._newest_is_whole = True
+        if is_deleted:
             warnings.warn(
                 f"{self.path} was deleted while the run was going: it is made anew, with the checkpoint after epoch "
                 f"{checkpoint.epochs}",
@@ -187,29 +173,25 @@ class RunFolder:
 
     def _fetch(self) -> None:
         """Take the mirror's checkpoint where it is newer than the one here, or the only one."""
-        if self.mirror is None:
-            return
         try:
-            there = _retry(lambda: newest_header(self.mirror))
-            here = newest_header(self.path)
-            if there is None:
-                return
-            if here is not None and here.run_id != there.run_id:
+            here, there = newest_header(self.path), _retry(lambda: newest_header(self.mirror))
+            if here is not None and there is not None and here.run_id != there.run_id:
                 raise CheckpointError(
                     f"{self.mirror} holds another run than {self.path}: set $S10_RUN_DIR to another folder, or choose "
                     "another --run-dir"
                 )
-            if here is not None and here.epochs >= there.epochs:
+            if there is None or (here is not None and here.epochs >= there.epochs):
                 return
-            for name in (PREVIOUS, NEWEST):  # the newest last: until it is there, the fetch has not happened
-                if (self.mirror / name).exists():
-                    write_atomically(self.path / name, _retry((self.mirror / name).read_bytes))
+            found, _ = newest_whole(self.mirror)
+            if found is None or (here is not None and here.epochs >= found.epochs):
+                return
+            write_atomically(self.checkpoint, found.encode())
         except OSError as error:
             raise CheckpointError(
-                f"{self.mirror} could not be read ({reason_of(error)}): see that the drive is mounted and {self.path} is "
-                "writable, or unset $S10_RUN_DIR to run without the drive"
+                f"{error.filename or self.mirror} could not be read or fetched ({reason_of(error)}): see that the drive is "
+                f"mounted and {self.path} is writable, or unset $S10_RUN_DIR to run without the drive"
             ) from error
-        print(f"fetched the checkpoint after epoch {there.epochs} from {self.mirror}")
+        say(f"fetched the checkpoint after epoch {found.epochs} from {self.mirror}")
 
     def _copy_to_mirror(self, checkpoint: Checkpoint, content: bytes) -> None:
         def copy() -> None:
@@ -217,14 +199,15 @@ class RunFolder:
             self.mirror.parent.mkdir(exist_ok=True)
             self.mirror.mkdir(exist_ok=True)
             there = newest_header(self.mirror)
-            if there is not None and there.run_id != checkpoint.run_id:
-                raise FileExistsError(errno.EEXIST, "another run's checkpoint is there")
+            if there is not None and (there.run_id != checkpoint.run_id or there.epochs > checkpoint.epochs):
+                whose = "another run's" if there.run_id != checkpoint.run_id else "a later"
+                raise CheckpointError(f"{whose} checkpoint is there")
             write_atomically(self.mirror / NEWEST, content, self.mirror / PREVIOUS)
 
         try:
             _retry(copy)
             self.mirror_is_stale = False
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self.mirror_is_stale = True
             warnings.warn(
                 f"the checkpoint of epoch {checkpoint.epochs} could not be copied to {self.mirror} ({reason_of(error)}); "
@@ -251,9 +234,25 @@ def newest_header(folder: Path) -> Header | None:
     for name in (NEWEST, PREVIOUS):
         try:
             return read_header(folder / name)
-        except (FileNotFoundError, NotADirectoryError, DamagedError):
+        except (FileNotFoundError, DamagedError):
             continue
     return None
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint in ``folder``, or None, and what is wrong with those that are not.
+
+    Raises:
+        CheckpointError: one cannot be read, or is of a later version of this project.
+    """
+    problems = []
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        if path.exists():
+            try:
+                return decode(path), problems
+            except DamagedError as error:
+                problems.append(str(error))
+    return None, problems
 
 
 def _retry(action: Callable):
@@ -261,7 +260,7 @@ def _retry(action: Callable):
     for _ in range(COPY_ATTEMPTS - 1):
         try:
             return action()
-        except (FileNotFoundError, FileExistsError):
+        except FileNotFoundError:
             raise
         except OSError:
             time.sleep(COPY_WAIT_SECONDS)
@@ -272,7 +271,7 @@ def _identity(path: str | os.PathLike) -> tuple[int, int] | None:
     """Device and inode of a file, or None where there is none: a file made anew under the same name is another one."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_dev, found.st_ino
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ from utils.dataset import ImageDataset
 from utils.loaders import make_loaders
 from utils.lr_finder import LRRange
 from utils.runs import figures, report
-from utils.runs.checkpoint import Checkpoint, CheckpointError, differences
+from utils.runs.checkpoint import Checkpoint, CheckpointError, differences, of_this_version
 from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
 from utils.runs.ranks import Ranks
-from utils.runs.weights import WEIGHTS_NAME, save_weights
+from utils.runs.weights import NETWORK_SETTINGS, WEIGHTS_NAME, save_weights
 from utils.runtime import say, write_atomically
 from utils.schedule import check_cycle
 from utils.transforms import normalize
@@ -161,17 +162,20 @@ class Job:
         self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
         if self._checkpoint is not None:
             self._record = self._checkpoint.record
-            self._check_same_run()
-            self._say_if_moved()
+            with of_this_version(self.folder.checkpoint):
+                self._check_same_run()
+                self._say_if_moved()
+                LRRange.from_dict(self._record["lr_range"])
 
     def _check_same_run(self) -> None:
         differing = differences(self._record["config"], self.config)
         if self._record["fingerprint"] != self.dataset.fingerprint():
             differing.append("other images")
         if differing:
+            copy = f" and its copy, {self.folder.mirror}" if self.folder.mirror else ""
             raise CheckpointError(
                 f"{self.folder.path} belongs to another run: {'; '.join(differing)}. Choose another run folder, or delete "
-                "this one"
+                f"this one{copy}"
             )
 
     def _say_if_moved(self) -> None:
@@ -267,28 +271,32 @@ class Job:
         )
         if len(state.averages) > 1:
             metrics["averages"] = self._test_averages(plain, mirrored)
-        about = {
-            "classes": list(dataset.classes),
-            "width": self.config.width,
-            "logit_scale": self.config.logit_scale,
-            "data": dataset.description,
-        }
+        about = {"classes": list(dataset.classes), "data": dataset.description}
+        about |= {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
         try:
             save_weights(state.tested_model, folder / WEIGHTS_NAME, about)
             write_atomically(folder / report.LOG_NAME, report.training_log(metrics).encode())
             report.write_metrics(folder, metrics)
-            inputs = figures.FigureInputs(
-                self.config, dataset, state.tested_model, self.lr_range, history, plain, self.device
-            )
-            for name, figure in figures.draw_all(inputs).items():
-                plotting.save_figure(figure, folder / name)
         except OSError as error:
             raise report.ResultsError(
                 f"the results could not be written ({reason_of(error)}: {error.filename}). All {self.config.epochs} epochs "
                 f"are kept in {self.folder.checkpoint}: mend this, then resume, and only the test and the results are "
                 "made again"
             ) from error
-        return Results(metrics, plain, mirrored, history)
+        results = Results(metrics, plain, mirrored, history)
+        self._draw_figures(results)
+        return results
+
+    def _draw_figures(self, results: Results) -> None:
+        model, history, plain = self.state.tested_model, results.history, results.plain
+        inputs = figures.FigureInputs(self.config, self.dataset, model, self.lr_range, history, plain, self.device)
+        for name, figure in figures.draw_all(inputs).items():
+            try:
+                plotting.save_figure(figure, self.folder.path / name)
+            except Exception as error:  # whatever a drawing library may run into
+                warnings.warn(
+                    f"{name} could not be written ({reason_of(error)}): resume to draw it again", stacklevel=2
+                )
 
     def _test_averages(self, plain: Predictions, mirrored: Predictions) -> dict[str, dict[str, float]]:
         """Accuracy and loss of each average that rode along, by its decay."""

@@ -13,11 +13,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import CustomResNet
+from utils import engine
+from utils.config import Config
 from utils.runs.checkpoint import model_differences
-from utils.runtime import Session10Error, write_atomically
+from utils.runtime import ConfigError, Session10Error, write_atomically
 
 WEIGHTS_NAME = "custom_resnet.safetensors"
 HEADER_KEY = "session10"
+NETWORK_SETTINGS = ("width", "logit_scale", "residual", "conv_padding")  # of Config: what the weights alone do not tell
 
 
 class WeightsError(Session10Error):
@@ -38,8 +41,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict) -> N
     Args:
         model: its ``state_dict`` is written.
         path: ends in ``.safetensors``.
-        metadata: JSON values for the header: ``classes``, a list of names, is needed to load the file again; ``width``,
-            ``logit_scale`` and ``residual`` where they are not the recipe's; anything else may be told too.
+        metadata: JSON values for the header: ``classes``, a list of names, is needed to load the file again, and those
+            of ``NETWORK_SETTINGS`` that are not the recipe's; anything else may be told too.
 
     Raises:
         WeightsError: a weight is not finite, or too large for float16.
@@ -47,48 +50,63 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict) -> N
     half = {name: value.contiguous() for name, value in rounded_to_half(model.state_dict()).items()}
     _check_finite(half, path)
     # One key only: safetensors writes several in an order that changes from call to call, and the bytes with it.
-    header = json.dumps({**metadata, "sha256": _digest(half)}, sort_keys=True)
+    header = json.dumps({**metadata, "sha256": _digest(half, metadata)}, sort_keys=True)
     write_atomically(Path(path), save(half, metadata={HEADER_KEY: header}))
 
 
 def load_model(path: str | os.PathLike) -> tuple[CustomResNet, dict]:
-    """The network that a weights file holds, in float32 on the CPU, and the file's metadata.
+    """The network that a weights file holds, in float32 on the CPU and in eval mode, and the file's metadata.
 
     Raises:
         WeightsError: the file is missing, damaged, no safetensors, or not of this network.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
-    except FileNotFoundError:
-        raise WeightsError(f"no weights at {path}: train first, or check the path") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is not a whole safetensors file ({error}): get a fresh copy. Pickled weights (.pt, .pth) are "
-            "refused, since they can run code"
-        ) from error
-    classes = metadata.get("classes") if isinstance(metadata, dict) else None
+    path = Path(path)
+    weights, metadata = _read(path)
+    classes = metadata.get("classes")
     if not (isinstance(classes, list) and len(classes) >= 2 and all(isinstance(name, str) for name in classes)):
         raise WeightsError(f"{path} does not name its classes, so it was not written by this project: use such a file")
-    if metadata.get("sha256") != _digest(weights):
-        raise WeightsError(f"{path} is damaged: its weights do not match their checksum; get a fresh copy")
-    settings = {name: metadata[name] for name in ("width", "logit_scale") if name in metadata}
     try:
-        model = CustomResNet(len(classes), **settings)
-    except (TypeError, ValueError, RuntimeError) as error:
+        config = Config(**{name: metadata[name] for name in NETWORK_SETTINGS if name in metadata})
+        with torch.device("meta"):  # no memory for whatever width it names, and no random numbers drawn
+            model = engine.build_model(config, len(classes))
+    except (ConfigError, RuntimeError, OverflowError) as error:
         raise WeightsError(f"{path} describes a network that cannot be built ({error}): get a fresh copy") from error
     differing = model_differences(weights, model)
     if differing:
         raise WeightsError(f"{path} is of {differing}: this project cannot load it")
-    for name, value in weights.items():
-        if value.is_floating_point() and value.dtype not in (torch.float16, torch.float32):
-            raise WeightsError(f"{path} holds {name} as {value.dtype}: float16 and float32 are read")
-        if value.is_floating_point() != model.state_dict()[name].is_floating_point():
-            raise WeightsError(f"{path} holds {name} as {value.dtype}: that is no weight of this network")
+    for name, expected in model.state_dict().items():
+        known = (torch.float16, torch.float32) if expected.is_floating_point() else (expected.dtype,)
+        if weights[name].dtype not in known:
+            raise WeightsError(
+                f"{path} holds {name} as {weights[name].dtype}, but it must be {known[0]}: get a fresh copy"
+            )
+    if metadata.get("sha256") != _digest(weights, metadata):
+        raise WeightsError(f"{path} is damaged: its content does not match its checksum; get a fresh copy")
     _check_finite(weights, path)
-    model.load_state_dict(weights)
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}, assign=True
+    )
     return model.eval(), metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """A safetensors file's tensors, and what this project wrote into its header (empty where it is not ours)."""
+    if not path.exists():
+        raise WeightsError(f"no weights at {path}: train first, or check the path")
+    if not path.is_file():
+        raise WeightsError(f"{path} is no file: name the weights file itself, such as {path / WEIGHTS_NAME}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error}): make it readable for this user") from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} is not a whole safetensors file ({error}): get a fresh copy. Pickled weights (.pt, .pth) are "
+            "refused, since they can run code"
+        ) from error
+    return weights, metadata if isinstance(metadata, dict) else {}
 
 
 def _check_finite(weights: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -100,9 +118,11 @@ def _check_finite(weights: dict[str, Tensor], path: str | os.PathLike) -> None:
             )
 
 
-def _digest(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(weights: dict[str, Tensor], metadata: dict) -> str:
+    """SHA-256 over every tensor and all of the metadata but the checksum itself."""
+    told = {name: value for name, value in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else value.numpy().tobytes())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

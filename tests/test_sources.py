@@ -843,6 +843,7 @@ def test_a_full_disk_is_not_blamed_on_the_hosts(host, tmp_path, monkeypatch):
     assert host.requests == ["good"]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_behind_a_proxy_the_proxy_is_asked(host, tmp_path, monkeypatch):
     url = "http://archive.invalid/cifar.tar.gz"  # a name that no resolver knows
     for variable in ("no_proxy", "NO_PROXY"):

@@ -90,7 +90,7 @@ def _name_ticks(axis, names: Sequence[str], most: int, **options) -> None:
     """Name the positions 0, 1, ... of an x or y axis; of more than ``most`` every second, third, ..."""
     shown = range(0, len(names), -(-len(names) // most))
     axis.set_ticks(shown, [names[i] for i in shown], fontsize=9, **options)
-    axis.set_tick_params(length=0)
+    axis.set_tick_params(length=0, pad=6)  # apart in the corner where both axes begin
 
 
 def _log_axis(axis, digits: str = "g", subs: Sequence[float] = (1, 2, 5)) -> None:

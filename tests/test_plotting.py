@@ -242,6 +242,14 @@ def test_effects_show_every_seed_and_the_reference():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["recipe", "no flip", "half width"]
     bottom, top = figure.axes[0].get_ylim()
     assert bottom > top  # the first row on top
+    assert "94.2%" in texts(figure)
+
+
+def test_effects_without_a_reference_are_differences_from_zero():
+    figure = plotting.effects(["flip", "cutout"], [0.8, -0.2], [0.1, 0.1], [[], []], title="Screen", xlabel="points")
+    assert (0, 0) in {tuple(line.get_xdata()) for line in figure.axes[0].lines}
+    assert "+0.8" in texts(figure)
+    assert "%" not in texts(figure)
 
 
 def test_runs_of_one_name_have_one_colour_and_scale_in_every_panel():

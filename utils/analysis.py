@@ -147,7 +147,7 @@ def classify_file(
 
     Raises:
         ValueError: not as many names as the model has outputs.
-        utils.dataset.DatasetError: the file is missing or no image.
+        DatasetError: the file is missing or no image.
     """
     pixels = torch.from_numpy(read_image(path).copy())[None]
     device = next(model.parameters()).device

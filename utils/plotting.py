@@ -90,7 +90,7 @@ def _name_ticks(axis, names: Sequence[str], most: int, **options) -> None:
     """Name the positions 0, 1, ... of an x or y axis; of more than ``most`` every second, third, ..."""
     shown = range(0, len(names), -(-len(names) // most))
     axis.set_ticks(shown, [names[i] for i in shown], fontsize=9, **options)
-    axis.set_tick_params(length=0)
+    axis.set_tick_params(length=0, pad=6)  # apart in the corner where both axes begin
 
 
 def _log_axis(axis, digits: str = "g", subs: Sequence[float] = (1, 2, 5)) -> None:
@@ -484,27 +484,28 @@ def effects(
 
     Args:
         names: V strings, the first on top.
-        means: V values, in percent or in points.
+        means: V values: percent with a ``reference``, else differences in points.
         errors: half the length of each error bar, None for no bar; ``xlabel`` says what they are (a standard deviation,
             a standard error).
         seeds: V sequences of single runs' values; an empty one where only the mean is to be shown.
         title: over the whole.
         xlabel: what is measured.
-        reference: number of the row that the others are compared with: orange, its mean a dashed line through all.
-        decimals: of the ticks, in percent.
+        reference: number of the row that the others are compared with, drawn in orange, and a dashed line through its
+            mean; None where the values are differences, whose dashed line is at 0.
+        decimals: of the ticks.
     """
     figure, axis = new_figure(1.1 + 0.27 * len(names))
+    base, color, form = (0, GREY, "{x:+.%df}") if reference is None else (means[reference], ORANGE, "{x:.%df}%%")
+    axis.axvline(base, color=color, ls="--", lw=1.2)
+    axis.xaxis.set_major_formatter(form % decimals)
     for row, (mean, error, values) in enumerate(zip(means, errors, seeds)):
         color = ORANGE if row == reference else BLUE
-        if row == reference:
-            axis.axvline(mean, color=color, ls="--", lw=1.2)
         axis.plot(values, [row + 0.25] * len(values), "o", color=GREY, mec="none", alpha=0.7, ms=4)
         axis.errorbar(mean, row, xerr=error, fmt="o", color=color, ms=6, capsize=3, lw=1.6, zorder=3)
     axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
-    axis.xaxis.set_major_formatter(PercentFormatter(decimals=decimals))
     axis.set_xlabel(xlabel)
     axis.set_title(title)
     return figure

@@ -54,8 +54,9 @@ class FigureInputs:
 
 
 def draw_all(run: FigureInputs) -> dict[str, Figure]:
-    """Every figure of ``Results/``, by file name; no ``lr_finder.png`` where the LRs were given instead of found.
+    """Every figure of ``Results/``, by file name.
 
+    No ``lr_finder.png`` where the LRs were given instead of found, no ``one_cycle.png`` where an ablation went another way.
     A figure that fails is left out, with a warning that names it and the reason.
     """
     config, dataset, predictions = run.config, run.dataset, run.predictions
@@ -74,6 +75,8 @@ def draw_all(run: FigureInputs) -> dict[str, Figure]:
     }
     if not len(run.lr_range.losses):
         del writers["lr_finder.png"]
+    if config.schedule != "one-cycle":
+        del writers["one_cycle.png"]
     figures = {}
     for name, write in writers.items():
         try:
@@ -101,10 +104,10 @@ def train_samples(dataset: ImageDataset, config: Config, count: int = 10, versio
     return plotting.augmentation_grid(images, augmented, _names(dataset, labels), title)
 
 
-def test_samples(dataset: ImageDataset, count: int = TEST_SHOWN) -> Figure:
-    """The first ``count`` test images, put through normalization and back: what the network really sees."""
-    shown = denormalize(normalize(torch.from_numpy(dataset.test_images[:count])))
-    return plotting.image_grid(shown, _names(dataset, dataset.test_labels[:count]), "Test images: never augmented")
+def test_samples(dataset: ImageDataset) -> Figure:
+    """The first test images, put through normalization and back: what the network really sees."""
+    shown = denormalize(normalize(torch.from_numpy(dataset.test_images[:TEST_SHOWN])))
+    return plotting.image_grid(shown, _names(dataset, dataset.test_labels[:TEST_SHOWN]), "Test images: never augmented")
 
 
 def network(model: CustomResNet) -> Figure:

@@ -1,4 +1,4 @@
-"""The experiments runner, with a thin network on toy images: what is logged, what is repeated, what is never read."""
+"""The campaign: what its figures mean, which runs are made, shared, repeated or kept. Trainings are pretended."""
 
 import dataclasses
 import json
@@ -6,58 +6,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
 
 import experiments.__main__ as command
-import experiments.runner as runner_module
-from experiments.runner import FULL, Budget, Log, LogError, Run, Runner, Scale
-from experiments.tables import sections, write_tables
-from experiments.variants import (
-    RECIPE,
-    Variant,
-    ablations,
-    annihilation,
-    constant_lr,
-    constant_variants,
-    no_warm_up,
-    norm_momentum,
-    pad_by_replication,
-    remove_skips,
-    tuning,
-)
-from models import CustomLayer, CustomResNet
-from utils.config import quick
-from utils.dataset import ImageDataset
-from utils.engine import start
-from utils.loaders import make_loaders
-from utils.runtime import Precision
+from experiments import campaign as campaign_module
+from experiments import page, variants
+from experiments.campaign import STAGES, Campaign, Run, all_records
+from experiments.effects import Effect, main_effects, paired
+from utils.config import full
+from utils.engine import NonFiniteLossError
+from utils.runs.folder import RunLockedError
+from utils.runtime import Session10Error
 
 CPU = torch.device("cpu")
-SCALE = Scale(
-    quick(
-        train_images=40,
-        test_images=20,
-        batch_size=10,
-        epochs=2,
-        peak_epoch=1,
-        lr_min=1e-4,
-        lr_max=3e-3,
-        precision="fp32",
-    ),
-    holdout=20,
-)
-NO_CUTOUT = Variant("no cutout", "what cutout buys", {"cutout": 0})
-
-
-class ThinResNet(CustomResNet):
-    """A sixteenth of the channels: the runner does not care, and a test takes seconds."""
-
-    def __init__(self, num_classes=10, dropout=0.0, logit_scale=0.125):
-        super().__init__(num_classes, dropout, logit_scale)
-        self.prep = CustomLayer(3, 4, pool=False, dropout=dropout)
-        self.layer1 = CustomLayer(4, 8, residual=True, dropout=dropout)
-        self.layer2 = CustomLayer(8, 16, dropout=dropout)
-        self.layer3 = CustomLayer(16, 32, residual=True, dropout=dropout)
-        self.fc = torch.nn.Linear(32, num_classes)
+NO_CUTOUT = next(variant for variant in variants.ablations() if variant.name == "no cutout")
 
 
 class Sealed:
@@ -69,337 +33,247 @@ class Sealed:
     __getattr__ = __len__ = __getitem__ = __iter__ = __array__ = _opened
 
 
-@pytest.fixture(autouse=True)
-def _thin_network(monkeypatch):
-    monkeypatch.setattr(runner_module, "CustomResNet", ThinResNet)
-    monkeypatch.setattr(command, "CustomResNet", ThinResNet)
+def planted(config) -> float:
+    """A pretended accuracy: what the screen's settings add, and a little for the seed."""
+    factors = variants.FACTORS
+    worth = sum((number - 4) / 10 for number, f in enumerate(factors) if getattr(config, f.field) == f.high)
+    return 90.0 + worth + (config.seed % 7) / 100 - (0.5 if not config.cutout else 0.0)
 
 
 @pytest.fixture
-def make_runner(toy, tmp_path):
-    def make(dataset: ImageDataset = toy, scale: Scale = SCALE) -> Runner:
-        return Runner(dataset, scale, tmp_path, CPU)
-
-    return make
-
-
-# --- runs and their log -----------------------------------------------------------------------------------------------
-
-
-def test_a_second_call_trains_nothing(make_runner, monkeypatch):
-    runs = command.plan("validation", [RECIPE, NO_CUTOUT], seeds=1)
-    assert make_runner().execute(runs, Budget()) == 0
-    first = Log(make_runner().folder).records
-
-    monkeypatch.setattr(Runner, "train", lambda *args: pytest.fail("a finished run was repeated"))
-    again = make_runner()
-    assert again.execute(runs, Budget()) == 0
-    assert again.log.records == first
-    assert [record["variant"] for record in first] == ["recipe", "no cutout"]
-
-
-def test_an_interrupted_run_starts_again_and_gives_the_uninterrupted_result(make_runner, monkeypatch, tmp_path):
-    runs = command.plan("validation", [RECIPE, NO_CUTOUT], seeds=1)
-    make_runner().execute(runs, Budget())
-    whole = Log(tmp_path).records
-    (tmp_path / "runs.jsonl").unlink()
-
-    train = runner_module.advance
+def trained(monkeypatch):
+    """Trainings are pretended; returns the (config, dataset) of each."""
     calls = []
 
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:  # the second epoch of the second run
-            raise KeyboardInterrupt
-        return train(*args, **kwargs)
+    def run_job(config, dataset, run_dir, *, device):
+        print("epoch table")
+        with FileLock(run_dir / ".lock", timeout=5):
+            calls.append((config, dataset))
+            accuracy = planted(config)
+            if config.lr_max_factor == 0.1:
+                raise NonFiniteLossError("epoch 2: the loss is not finite")
+            metrics = {"test_accuracy": accuracy, "test_accuracy_tta": accuracy + 0.4, "test_loss": 5 - accuracy / 20}
+            metrics |= {"lr_min": 1e-3, "lr_max": 1e-2, "weight_decay": 0.1, "wall_seconds": 60.0, "data": "toy images"}
+            metrics |= {"train_images": len(dataset.train_labels), "test_images": 20, "device": "a CPU"}
+            averages = {str(decay): {"accuracy": accuracy + decay - 0.99} for decay in (0.99, *config.ema_also)}
+            metrics |= {"averages": averages} if config.ema_also else {}
+            metrics |= {"history": {"train_accuracy": [50.0, 97.0]}, "config": config.to_dict()}
+            (run_dir / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
 
-    monkeypatch.setattr(runner_module, "advance", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_runner().execute(runs, Budget())
-    assert [record["variant"] for record in Log(tmp_path).records] == ["recipe"]
-
-    make_runner().execute(runs, Budget())
-    assert [record["accuracy"] for record in Log(tmp_path).records] == [record["accuracy"] for record in whole]
-    assert [record["loss"] for record in Log(tmp_path).records] == [record["loss"] for record in whole]
-
-
-def test_tuning_never_opens_the_test_set(make_runner, toy):
-    sealed = dataclasses.replace(toy, test_images=Sealed(), test_labels=Sealed())
-    runner = make_runner(sealed)
-    assert runner.execute(command.tuning_runs(runner, 1)[:2], Budget()) == 0
-    assert {record["split"] for record in runner.log.records} == {"validation"}
-    with pytest.raises(AssertionError, match="opened"):
-        runner.execute([Run("test", RECIPE, 100)], Budget())
+    monkeypatch.setattr(campaign_module, "run_job", run_job)
+    monkeypatch.setattr(campaign_module, "WAIT_SECONDS", 0.01)
+    return calls
 
 
-def test_a_result_is_evaluated_once_after_the_last_epoch(make_runner, monkeypatch):
-    opened = []
-    final_test = runner_module.final_test
-    monkeypatch.setattr(runner_module, "fit", lambda *args, **kwargs: pytest.fail("tested after every epoch"))
-    monkeypatch.setattr(runner_module, "final_test", lambda *args: opened.append(1) or final_test(*args))
-    make_runner().execute([Run("test", RECIPE, 101)], Budget())
-    assert len(opened) == 1
+@pytest.fixture
+def campaign(toy, tmp_path) -> Campaign:
+    return Campaign(lambda: toy, tmp_path, CPU, small=True)
 
 
-def test_a_record_says_everything_about_its_run(make_runner):
-    runner = make_runner()
-    runner.execute([Run("validation", NO_CUTOUT, 3)], Budget())
-    (record,) = runner.log.records
-    assert record["config"]["cutout"] == 0
-    assert record["config"]["seed"] == record["seed"] == 3
-    assert (record["train_images"], record["eval_images"]) == (40, 20)
-    assert 0 <= record["accuracy"] <= 100
-    assert 0 <= record["accuracy_tta"] <= 100
-    assert np.mean(list(record["per_class_accuracy"].values())) == pytest.approx(record["accuracy"])
-    assert record["weight_decay"] == pytest.approx(SCALE.recipe.decay_at_peak / 3e-3)
-    assert record["total_seconds"] >= record["seconds"] > 0
-    assert "held out" in record["data"]
-    for name in ("device", "precision", "versions", "commit", "lr_range"):
-        assert record[name], name
+# --- effects ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_range_test_finds_the_lrs_and_the_rule_scales_them(make_runner):
-    recipe = dataclasses.replace(SCALE.recipe, lr_min=None, lr_max=None, range_test_steps=40)
-    runner = make_runner(scale=Scale(recipe, 20))
-    scaled = Variant("scaled", "", lr_min_factor=0.1, lr_max_factor=2.0)
-    runner.execute([Run("validation", scaled, 0)], Budget())
-    (record,) = runner.log.records
-    assert record["status"] == "done"
-    assert record["lr_first"] == pytest.approx(0.1 * record["lr_range"]["lr_min"])
-    assert record["lr_last"] == pytest.approx(record["lr_first"])
-    assert record["lr_peak"] == pytest.approx(2.0 * record["lr_range"]["lr_max"])
-    assert record["weight_decay"] == pytest.approx(recipe.decay_at_peak / record["lr_peak"])
+@given(st.data())
+def test_planted_effects_are_recovered_exactly(data):
+    numbers = st.floats(-5, 5)
+    effects = np.array(data.draw(st.lists(numbers, min_size=11, max_size=11)))
+    blocks = data.draw(st.integers(1, 3))
+    offsets = np.array(data.draw(st.lists(numbers, min_size=blocks, max_size=blocks)))
+    levels = np.vstack([variants.plackett_burman()] * blocks + [-np.ones((2, 11))])
+    block = np.array([*np.repeat(np.arange(blocks), 12), 0, 0])
+    values = offsets[block] + (levels > 0) @ effects
+    found, errors = main_effects(levels, block, values)
+    np.testing.assert_allclose(found, effects, atol=1e-9)
+    np.testing.assert_allclose(errors, 0, atol=1e-9)
 
 
-def test_a_diverged_run_is_a_result_and_does_not_stop_the_others(make_runner, tmp_path):
-    runner = make_runner()
-    diverging = Variant("far too high", "", {"lr_min": 1e30, "lr_max": 1e38})
-    assert runner.execute([Run("validation", v, 0) for v in (diverging, RECIPE)], Budget()) == 0
-    assert [record["status"] for record in runner.log.records] == ["failed", "done"]
-    assert "not finite" in runner.log.records[0]["error"]
-    (section,) = write_tables(tmp_path)
-    assert [row.failed for row in section.rows] == [0, 1]
-    assert "1 failed" in (tmp_path / "table.md").read_text()
+def test_an_effect_is_the_difference_of_means_with_the_design_s_standard_error():
+    levels = variants.plackett_burman()
+    assert (levels.T @ levels == 12 * np.eye(11)).all()  # no two settings are confounded
+    noise = np.random.default_rng(0).normal(0, 0.3, (2000, 24))
+    twice, blocks = np.vstack([levels, levels]), np.repeat([0, 1], 12)
+    found, errors = main_effects(twice, blocks, noise[0])
+    assert found[3] == pytest.approx(noise[0][twice[:, 3] > 0].mean() - noise[0][twice[:, 3] < 0].mean())
+    assert errors == pytest.approx(np.full(11, errors[0]))
+    every = np.array([main_effects(twice, blocks, row) for row in noise[:400]])
+    assert every[:, 0].std() == pytest.approx(2 * 0.3 / np.sqrt(24), rel=0.05)
+    assert np.sqrt((every[:, 1] ** 2).mean()) == pytest.approx(2 * 0.3 / np.sqrt(24), rel=0.05)
 
 
-def test_a_spent_budget_starts_no_further_run(make_runner, capsys):
-    budget = Budget(minutes=0.5)
-    budget.durations = [3600.0]  # as if a run took an hour
-    runner = make_runner()
-    assert runner.execute(command.plan("validation", [RECIPE], 3), budget) == 3
-    assert runner.log.records == []
-    assert "3 runs are left" in capsys.readouterr().out
+def test_too_few_runs_give_no_error_and_fewer_no_effects():
+    levels = variants.plackett_burman()
+    assert main_effects(levels, np.zeros(12), np.arange(12.0))[1] is None
+    with pytest.raises(ValueError, match="11 runs cannot tell 11 factors apart"):
+        main_effects(levels[1:], np.zeros(11), np.zeros(11))
 
 
-def test_a_reserve_is_kept_for_later_runs(make_runner):
-    runner = make_runner()
-    budget = Budget(minutes=1)
-    budget.durations = [10.0]
-    assert runner.execute([Run("validation", RECIPE, 0)], budget, reserve=10) == 1
-    assert runner.execute([Run("validation", RECIPE, 0)], budget, reserve=1) == 0
+def test_pairs_cancel_what_seeds_share():
+    reference = {0: 90.0, 1: 94.0, 2: 80.0}
+    effect = paired("x", {0: 90.5, 1: 94.7, 9: 0.0}, reference)
+    assert (effect.value, effect.count) == (pytest.approx(0.6), 2)
+    assert effect.error == pytest.approx(0.1)
+    assert paired("x", {0: 91.0}, reference) == Effect("x", 1.0, None, 1)
+    assert paired("x", {9: 91.0}, reference) is None
 
 
-def test_other_settings_or_images_are_other_runs(make_runner, toy):
-    run = Run("validation", RECIPE, 0)
-    other_recipe = Scale(dataclasses.replace(SCALE.recipe, label_smoothing=0.2), 20)
-    mirrored = dataclasses.replace(toy, train_images=np.ascontiguousarray(toy.train_images[:, :, ::-1]))
-    runners = (make_runner(), make_runner(scale=other_recipe), make_runner(mirrored))
-    keys = {runner.key(run) for runner in runners} | {runners[0].key(Run("validation", RECIPE, 1))}
-    assert len(keys) == 4
+# --- plans --------------------------------------------------------------------------------------------------------------
 
 
-def test_images_already_on_the_device_give_the_batches_of_a_new_loader(make_runner):
-    config = dataclasses.replace(
-        SCALE.recipe,
-        seed=9,
-        batch_size=8,
-        pad=2,
-        pad_mode="constant",
-        cutout=4,
-        alternate_flip=False,
-        train_images=None,
-    )
-    split = make_runner().validation
-    expected, _ = make_loaders(split.dataset, config, CPU)
-    ours = split.new_train_loader(config)
-    assert len(ours) == len(expected) == 5
-    for _ in range(2):
-        for (images, labels), (expected_images, expected_labels) in zip(ours, expected):
-            assert torch.equal(labels, expected_labels)
-            assert torch.equal(images, expected_images)
-
-
-def test_a_damaged_log_is_named_not_overwritten(tmp_path):
-    (tmp_path / "runs.jsonl").write_text('{"key": "a"}\n{"key": "b\n')
-    with pytest.raises(LogError, match=r"runs\.jsonl, line 2 is damaged"):
-        Log(tmp_path)
-
-
-# --- commands -----------------------------------------------------------------------------------------------------
-
-
-def test_ablations_take_the_constant_lr_that_was_best_on_validation(make_runner, monkeypatch):
-    names = [variant.name for variant in constant_variants().values()]
-    accuracy = dict(zip(names, (50.0, 80.0, 60.0, 70.0)))
-
-    def pretend(self, run):
-        value = accuracy.get(run.variant.name, 10.0)
-        record = {"key": self.key(run), "split": run.split, "variant": run.variant.name, "seed": run.seed}
-        lrs = {"lr_first": 1e-4, "lr_peak": 1e-2, "lr_last": 1e-4}
-        return {**record, **lrs, "status": "done", "accuracy": value, "accuracy_tta": value}
-
-    monkeypatch.setattr(Runner, "train", pretend)
-    runner = make_runner()
-    assert command.ablate(runner, 3, Budget()) == 0
-    tested = [record["variant"] for record in runner.log.records if record["split"] == "test"]
-    assert [name for name in set(tested) if "constant" in name] == ["constant LR, LRMAX x 0.2"]
-    assert {tested.count(name) for name in tested} == {3}
-    assert tested[: len(set(tested))] == list(dict.fromkeys(tested))  # each variant once before any a second time
-
-
-def test_publish_shows_the_first_seed_and_the_spread_of_all(make_runner, tmp_path):
-    runner = make_runner()
-    with pytest.raises(LogError, match="have no result"):
-        command.publish(runner, 2)
-    assert command.train_seeds(runner, 2, Budget()) == 0
-    folder = command.publish(make_runner(), 2, note="toy images")
-
-    assert folder.is_relative_to(tmp_path)  # toy images never replace Results/
-    metrics = json.loads((folder / "metrics.json").read_text())
-    records = runner.log.records
-    assert metrics["seeds"] == [100, 101]
-    assert metrics["test_accuracy"] == records[0]["accuracy"] == metrics["history"]["test_accuracy"][-1]
-    assert metrics["seed_accuracies"] == [record["accuracy"] for record in records]
-    assert metrics["std_accuracy"] == pytest.approx(np.std(metrics["seed_accuracies"], ddof=1))
-    assert (folder / "custom_resnet.safetensors").exists()
-
-
-def test_command_line(image_folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "SMALL", SCALE)
-    out = tmp_path / "out"
-    args = ["seeds", "--small", "--seeds", "2", "--data-dir", str(image_folder), "--out", str(out), "--device", "cpu"]
-    assert command.main(args) == 0
-    assert "recipe" in capsys.readouterr().out
-    assert len(Log(out).records) == 2
-    for name in ("table.json", "table.md", "ablations.png"):
-        assert (out / name).stat().st_size > 0
-        (out / name).unlink()
-    assert command.main(["table", "--out", str(out)]) == 0
-    assert (out / "ablations.png").exists()
-
-    assert command.main(["tune", "--data-dir", str(tmp_path / "nowhere"), "--out", str(out)]) == command.EXIT_FAILED
-    assert "no folder" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command.main(["tune", "--publish"])
-
-
-# --- table and figure -----------------------------------------------------------------------------------------------
-
-
-def test_table_compares_like_with_like():
-    def record(variant, seed, accuracy, recipe="r", split="test"):
-        names = ("variant", "shows", "seed", "accuracy", "accuracy_tta", "recipe", "split", "status", "seconds")
-        values = dict(zip(names, (variant, "", seed, accuracy, accuracy + 1, recipe, split, "done", 8.0)))
-        setting = dict(data="d", train_images=4, eval_images=2, config={"epochs": 24}, device="x", precision="fp32")
-        return {**values, **setting, "commit": "c"}
-
-    records = [record("no cutout", 100, 93.0), record("no cutout", 101, 94.0)]
-    records += [record("recipe", 100, 95.0), record("recipe", 101, 95.4)]
-    records += [record("recipe", 0, 10.0, split="validation"), record("recipe", 100, 20.0, recipe="older")]
-    section, validation, older = sections(records)
-    recipe, cutout = section.rows
-    assert recipe.variant == "recipe"
-    assert recipe.mean == pytest.approx(95.2)
-    assert recipe.std == pytest.approx(0.2828, abs=1e-4)
-    assert recipe.difference is None
-    assert cutout.difference == pytest.approx(-1.7)
-    assert cutout.difference_error == pytest.approx(np.sqrt(0.5 / 2 + 0.08 / 2))
-    assert cutout.mean_tta == pytest.approx(94.5)
-    assert (validation.rows[0].mean, older.rows[0].mean) == (10.0, 20.0)
-    assert older.rows[0].std is None
-
-
-# --- variants -------------------------------------------------------------------------------------------------------
-
-
-def test_removing_skips_keeps_parameters_and_blocks():
-    torch.manual_seed(0)
-    model = ThinResNet().eval()
-    x = torch.randn(2, 4, 32, 32)
-    inside = model.layer1.conv(x)
-    expected, with_skip = model.layer1.block(inside), model.layer1(x)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    remove_skips(model)
-    torch.testing.assert_close(model.layer1(x), expected)
-    assert not torch.allclose(with_skip, expected)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
-    assert model.layer3.block is None
-
-
-def test_replicate_padding_changes_only_the_border():
-    torch.manual_seed(0)
-    model = ThinResNet()
-    x = torch.randn(1, 3, 32, 32) + 3
-    zeros = model.prep.conv.conv(x)
-    pad_by_replication(model)
-    replicated = model.prep.conv.conv(x)
-    torch.testing.assert_close(zeros[..., 1:-1, 1:-1], replicated[..., 1:-1, 1:-1])
-    assert not torch.allclose(zeros[..., 0, :], replicated[..., 0, :])
-
-
-def test_norm_momentum_reaches_every_batch_norm():
-    model = ThinResNet()
-    norm_momentum(1.0)(model)
-    model(torch.randn(4, 3, 32, 32))
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert len(norms) == 8
-    assert all((norm.running_var != 1).any() for norm in norms)
-    assert {norm.momentum for norm in norms} == {1.0}
-
-
-def lrs_of(edit) -> tuple[list[float], dict]:
-    """The LR of all 20 steps of a 4-epoch cycle from 0.001 over 0.1, and the edited group."""
-    config = dataclasses.replace(SCALE.recipe, epochs=4, peak_epoch=1)
-    state = start(ThinResNet(), config, 0.001, 0.1, 5, Precision("fp32", CPU))
-    (group,) = state.optimizer.param_groups
-    edit(group)
-    lrs = []
-    for _ in range(20):
-        lrs.append(group["lr"])
-        state.optimizer.step()
-        state.scheduler.step() if len(lrs) < 20 else None
-    return lrs, group
-
-
-def test_constant_lr():
-    lrs, group = lrs_of(constant_lr(0.2))
-    assert lrs == pytest.approx([0.02] * 20)
-    assert lrs[0] * group["weight_decay"] == pytest.approx(SCALE.recipe.decay_at_peak)
-
-
-def test_no_warm_up():
-    lrs, _ = lrs_of(no_warm_up)
-    assert lrs[:5] == pytest.approx([0.1] * 5)
-    assert lrs[5:] == pytest.approx(np.linspace(0.1, 0.001, 16)[1:])
-
-
-def test_annihilation():
-    lrs, _ = lrs_of(annihilation)
-    assert lrs[0] == pytest.approx(0.001)
-    assert lrs[4] == pytest.approx(0.1)
-    assert lrs[-1] == pytest.approx(0.00001)
-
-
-def test_variants_have_names_of_their_own_and_depart_from_the_recipe():
-    recipe = FULL.recipe
-    tuned = tuning(recipe)
-    constant = next(iter(constant_variants().values()))
-    for variants in (tuned, ablations(recipe, constant)):
-        names = [variant.name for variant in [RECIPE, *variants]]
+def test_every_variant_is_a_config_of_its_own():
+    for listed in (variants.screen_design(), [variants.RECIPE, *variants.ablations()]):
+        names, configs = [v.name for v in listed], [full(**v.changes) for v in listed]
         assert len(set(names)) == len(names)
-        for variant in variants:
-            assert variant.departs_from(recipe), variant.name
-            dataclasses.replace(recipe, **variant.changes)  # a valid config
-    adopted = dataclasses.replace(recipe, label_smoothing=0.2)
-    assert "label_smoothing 0.2" in {variant.name for variant in tuned}
-    assert "label_smoothing 0.2" not in {variant.name for variant in tuning(adopted)}
+        assert all(configs.count(config) == 1 for config in configs)
+    for factor in variants.FACTORS:
+        assert factor.low != factor.high
+        full(**{factor.field: factor.high})
+
+
+def test_confirmed_is_what_exceeds_its_error():
+    effects = [Effect(f.name, number - 6, 1.5, 15) for number, f in enumerate(variants.FACTORS)]
+    base, everything, three = variants.confirm(effects)
+    assert base == variants.BASE
+    assert set(everything.shows.split(", ")) == {factor.name for factor in variants.FACTORS[8:]}
+    assert set(three.shows.split(", ")) == {factor.name for factor in variants.FACTORS[8:]}
+    assert everything.changes["beta2"] == 0.95
+    assert everything.changes["decay_at_peak"] == variants.BASE.changes["decay_at_peak"]
+    assert variants.confirm([]) == [variants.BASE]
+
+
+def test_choices_are_made_without_the_test_set(toy, tmp_path, trained):
+    sealed = dataclasses.replace(toy, test_images=Sealed(), test_labels=Sealed())
+    campaign = Campaign(lambda: sealed, tmp_path, CPU)
+    stages = [dataclasses.replace(STAGES[name], holdout=20) for name in ("screen", "confirm")]
+    runs = [Run(stage, variants.BASE, seed) for stage in stages for seed in (stage.first_seed, stage.first_seed + 1)]
+    assert campaign.work(runs) == 0
+    held_out = [dataset.test_images for _, dataset in trained]
+    assert [len(images) for images in held_out] == [20] * 4
+    assert not np.array_equal(held_out[0], held_out[1])  # another fold per seed
+    assert {config.eval_every for config, _ in trained} == {24}
+    assert [config.width for config, _ in trained] == [32, 32, 64, 64]
+
+
+def test_a_stand_in_is_refused_but_for_a_trial(toy, tmp_path):
+    digits = dataclasses.replace(toy, source="digits", description="digits")
+    with pytest.raises(Session10Error, match="need CIFAR-10"):
+        _ = Campaign(lambda: digits, tmp_path, CPU).dataset
+    assert Campaign(lambda: digits, tmp_path, CPU, small=True).dataset.is_stand_in
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_made_run_is_not_repeated_also_a_failed_one(campaign, trained, capsys):
+    failing = next(variant for variant in variants.ablations() if "0.1" in variant.name)
+    runs = [Run(STAGES["ablations"], variant, 100) for variant in (failing, NO_CUTOUT)]
+    assert campaign.work(runs) == 0
+    assert campaign.work(runs) == 0
+    assert len(trained) == 2
+    printed = capsys.readouterr().out
+    assert "failed, epoch 2: the loss is not finite" in printed
+    assert "no cutout, seed 100: " in printed
+    assert "epoch table" not in printed
+    failed, done = (campaign.record(run) for run in runs)
+    assert (failed["status"], done["status"]) == ("failed", "done")
+    assert (done["variant"], done["split"], done["seed"], done["config"]["cutout"]) == ("no cutout", "test", 100, 0)
+    assert done["train_accuracy"] == 97.0
+    assert failed["reason"] == "epoch 2: the loss is not finite"
+
+
+def test_a_run_of_other_settings_in_its_folder_is_named(campaign, trained):
+    run = Run(STAGES["ablations"], NO_CUTOUT, 100)
+    campaign.make(run)
+    other = Run(run.stage, dataclasses.replace(NO_CUTOUT, changes={"cutout": 4}), 100)
+    with pytest.raises(Session10Error, match="no-cutout-seed100 holds a run of other settings.*cutout 0 there, 4 here"):
+        campaign.record(other)
+
+
+def test_runs_made_elsewhere_count_if_their_settings_are_equal(campaign, trained, tmp_path):
+    run = Run(STAGES["screen"], variants.BASE, 0)
+    record = json.loads(json.dumps(campaign.make(run)))
+    elsewhere = Campaign(campaign.load, tmp_path / "other", CPU, small=True, records=[record])
+    assert elsewhere.work([run]) == 0
+    assert len(trained) == 1
+    assert elsewhere.is_current(record)
+    older = {**record, "config": {**record["config"], "label_smoothing": 0.3}}
+    assert not elsewhere.is_current(older)
+    assert Campaign(campaign.load, tmp_path / "other", CPU, small=True, records=[older]).record(run) is None
+    assert len(all_records(tmp_path, [older, record])) == 2
+
+
+def test_a_locked_run_is_left_for_later(campaign, trained, monkeypatch):
+    first, second = (Run(STAGES["seeds"], variants.RECIPE, seed) for seed in (100, 101))
+    make, refused = Campaign.make, []
+
+    def locked_at_first(self, run):
+        if run == first and len(refused) < 2:
+            refused.append(run)
+            raise RunLockedError("in use by another process")
+        return make(self, run)
+
+    monkeypatch.setattr(Campaign, "make", locked_at_first)
+    assert campaign.work([first, second]) == 0
+    assert [config.seed for config, _ in trained] == [101, 100]
+
+
+def test_no_run_begins_when_the_time_is_up(campaign, trained, capsys):
+    assert campaign.work([Run(STAGES["seeds"], variants.RECIPE, seed) for seed in (100, 101)], budget_minutes=0) == 2
+    assert not trained
+    assert "2 runs are left" in capsys.readouterr().out
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def execute(toy, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(command, "load_dataset", lambda folder: toy)
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "published")
+    return lambda *args: command.main([*args, "--small", "--runs", str(tmp_path / "runs")])
+
+
+def test_all_leads_from_the_screen_to_the_page(execute, trained, tmp_path, capsys):
+    assert execute("confirm") == 1
+    assert "run `screen` first" in capsys.readouterr().err
+    assert execute("all") == 0
+    names = {
+        stage: [c for c, _ in trained if c.seed // 50 == number] for number, stage in enumerate(("screen", "confirm"))
+    }
+    assert len(names["screen"]) == 15
+    assert len({config.beta2 for config in names["confirm"]}) == 2  # the base, and with what helped
+    folder = tmp_path / "runs" / "results"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| pad with grey | +0.60 ± 0.0" in text
+    assert "| LRMIN by onset | -0.40 ± 0.0" in text
+    assert "| no cutout | 3 | 89.53 ± 0.01 | 89.93 ± 0.01 | 0.5237 ± 0.0005 | -0.50 ± 0.00 | -0.50 ± 0.00 |" in text
+    assert "| constant LR 0.1 LRMAX | 0 (3 failed) |" in text
+    assert "| 0.995 | 15 | 89.87 | +0.01 ± 0.00 |" in text
+    for name in ("screen.png", "ablations.png", "runs.md"):
+        assert (folder / name).stat().st_size > 0
+    assert len(json.loads((folder / "runs.json").read_text(encoding="utf-8"))) == len(trained)
+    assert not (tmp_path / "published").exists()
+
+    # Again from the runs alone; what was written by hand stays.
+    by_hand = text.replace(page.NOT_FROZEN, "Frozen: nothing new,\nsince nothing helped.")
+    (folder / "README.md").write_text(by_hand, encoding="utf-8")
+    count = len(trained)
+    assert execute("table") == 0
+    assert len(trained) == count
+    assert (folder / "README.md").read_text(encoding="utf-8") == by_hand
+
+
+def test_a_trial_is_never_published(execute):
+    with pytest.raises(SystemExit):
+        execute("seeds", "--publish")
+
+
+def test_publishing_shows_the_first_seed_among_all(execute, trained, tmp_path, monkeypatch):
+    published = []
+    monkeypatch.setattr(command.report, "publish", lambda first, others: published.append((first, others)))
+    arguments = ["seeds", "--publish", "--seeds", "2", "--runs", str(tmp_path / "runs")]
+    assert command.main([*arguments, "--budget-minutes", "0"]) == 0
+    assert not published
+    assert command.main(arguments) == 0
+    ((first, others),) = published
+    assert [first.name, *(other.name for other in others)] == ["seeds-64-recipe-seed100", "seeds-64-recipe-seed101"]
+    assert (tmp_path / "published" / "runs.json").exists()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from utils.checkpoint import RunFolder, decode
 
 import train
 from benchmarks.kill_resume import RunProcess
 from utils import checkpoint, engine
-from utils.checkpoint import RunFolder, decode
 from utils.config import Config
 from utils.dataset import ImageDataset, make_loaders
 from utils.engine import TrainState, start

@@ -28,10 +28,6 @@ from small_runs import (
     tiny_config,
     tiny_state,
 )
-
-from benchmarks.kill_resume import KILLED, identical, outcome
-from models import CustomResNet
-from utils import checkpoint
 from utils.checkpoint import (
     MAGIC,
     CheckpointError,
@@ -43,6 +39,10 @@ from utils.checkpoint import (
     save_weights,
     write_atomically,
 )
+
+from benchmarks.kill_resume import KILLED, identical, outcome
+from models import CustomResNet
+from utils import checkpoint
 from utils.engine import fit
 
 DATA = "fingerprint of the data"

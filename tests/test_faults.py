@@ -12,11 +12,11 @@ import sys
 import pytest
 import torch
 from small_runs import EPOCHS, STEPS, TinyNet, after_save, arguments, at_step, child, epochs_kept, shrink
+from utils.checkpoint import RunFolder, decode
+from utils.report import WEIGHTS_NAME
 
 import train
 from benchmarks.kill_resume import identical, outcome
-from utils.checkpoint import RunFolder, decode
-from utils.report import WEIGHTS_NAME
 from utils.runtime import LoaderError, OutOfMemoryError, clear_failures
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are made with POSIX means")

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from utils.checkpoint import load_weights
 
 from benchmarks import speed
 from models import CustomResNet
 from utils import config as configs
 from utils import plotting, report
 from utils.analysis import Predictions
-from utils.checkpoint import load_weights
 from utils.dataset import CIFAR10_CLASSES
 from utils.engine import History
 

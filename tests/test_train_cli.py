@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from small_runs import EPOCHS, arguments, epochs_kept, shrink
+from utils.report import WEIGHTS_NAME
 
 import train
 from utils import checkpoint
-from utils.report import WEIGHTS_NAME
 from utils.runtime import PROJECT_ROOT
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVE = Path("/content/drive")
@@ -24,7 +26,7 @@ IMPORT_NAMES = {
     "scikit-learn": "sklearn",
 }
 # Needed for `make run`, `make lab` and the checks, not by the notebook.
-_FOR_MAKE = {"jupyter", "nbformat", "nbclient", "nbval", "pytest", "pytest-timeout", "hypothesis", "ruff"}
+FOR_MAKE = {"jupyter", "nbformat", "nbclient", "nbval", "pytest", "pytest-timeout", "hypothesis", "ruff"}
 
 
 def on_colab() -> bool:
@@ -52,7 +54,7 @@ def check_requirements(path: Path = ROOT / "requirements.txt") -> tuple[list[str
     missing, differing = [], []
     for requirement in read_requirements(path):
         name = canonicalize_name(requirement.name)
-        if name in _FOR_MAKE:
+        if name in FOR_MAKE:
             continue
         if importlib.util.find_spec(IMPORT_NAMES.get(name, name.replace("-", "_"))) is None:
             missing.append(str(requirement))
@@ -73,16 +75,13 @@ def install(missing: list[str]) -> None:
         RuntimeError: pip failed; the message ends with its last lines.
     """
     pip = [sys.executable, "-m", "pip"]
-    pins = sorted(
-        {
-            f"{canonicalize_name(package.name)}=={package.version}"
-            for package in importlib.metadata.distributions()
-            if package.name and package.version
-        }
-    )
+    pins = {}
+    for package in importlib.metadata.distributions():  # of two of one name, the first is the one that is imported
+        with contextlib.suppress(InvalidVersion, TypeError):  # such as the system's own, which pip does not manage
+            pins.setdefault(canonicalize_name(package.name), Version(package.version))
     with tempfile.TemporaryDirectory() as scratch:
         constraints = Path(scratch, "present.txt")
-        constraints.write_text("\n".join(pins), encoding="utf-8")
+        constraints.write_text("\n".join(f"{name}=={version}" for name, version in pins.items()), encoding="utf-8")
         done = subprocess.run(
             [*pip, "install", "--quiet", "--constraint", str(constraints), *missing],
             capture_output=True,

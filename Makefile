@@ -1,4 +1,4 @@
-# Session 10. `make run` and `make test` do all their own set-up.
+# Session 10. Every target does its own set-up.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,15 +8,22 @@ READY  := $(VENV)/.ready
 export PYTHONUNBUFFERED := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help setup run test lint bench fuzz clean
+.PHONY: help setup run lab test check lint fuzz bench test-oldest test-colab clean clean-data
+.SECONDARY:
 
 help:
-	@echo "make run    set up, then execute the notebook (S10_PROFILE=quick or full)"
-	@echo "make test   set up, then run every check"
-	@echo "make lint   ruff's checks and formatting, without changing anything"
-	@echo "make bench  measure this machine: our pipeline beside the usual one"
-	@echo "make fuzz   break files and runs at random for 10 minutes (MINUTES=...) and see that all is noticed"
-	@echo "make clean  remove the virtual environment and caches (not data/, not runs/)"
+	@echo "make run          execute the notebook (S10_PROFILE=quick or full); again after an interruption, and it goes on"
+	@echo "                  ARGS=--new starts afresh, ARGS=--publish puts a full run into Results/"
+	@echo "make lab          open the notebook in JupyterLab"
+	@echo "make test         every check"
+	@echo "make check        lint and the fast tests, in a minute and a half"
+	@echo "make lint         ruff's checks and formatting, without changing anything"
+	@echo "make fuzz         damaged images, checkpoints and weights, signals at random moments, for 10 minutes"
+	@echo "make bench        measure this machine: our pipeline beside the usual one (into runs/bench/)"
+	@echo "make test-oldest  the tests with the oldest supported versions (Python 3.11, in .venv-oldest)"
+	@echo "make test-colab   the tests with Google Colab's versions (Python 3.13, in .venv-colab)"
+	@echo "make clean        remove the virtual environments and caches (not data/, not runs/)"
+	@echo "make clean-data   remove the decoded copies of image folders from data/"
 
 setup: $(READY)
 
@@ -28,22 +35,51 @@ $(READY): requirements.txt
 	@touch $(READY)
 
 run: $(READY)
-	@$(BIN)/python run_notebook.py
+	@$(BIN)/python run_notebook.py $(ARGS)
 
-test: $(READY)
-	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+lab: $(READY)
+	@$(BIN)/jupyter lab Session10.ipynb
+
+# What a test starts computes with one thread; the tests themselves set their own number. Two processes with two threads
+# each on two cores slow each other down ten times.
+test check fuzz test-oldest test-colab: export OMP_NUM_THREADS := 1
+
+test: $(READY) lint
 	@$(BIN)/python -m pytest tests
 
-lint: $(READY)
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
+check: $(READY) lint
+	@$(BIN)/python -m pytest tests -m "not slow"
 
-bench: $(READY)
-	$(BIN)/python -m benchmarks.speed
+lint: $(READY)
+	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 
 fuzz: $(READY)
-	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10)
+	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10)
+
+bench: $(READY)
+	@mkdir -p runs/bench
+	@$(BIN)/python -m benchmarks.speed --out runs/bench/speed.json
+
+# Tried, not only looked up: pyenv has a command for every version it knows, also for one that is switched off.
+first_that_runs = $(shell for python in $(1) $(PYTHON); do $$python -c '' 2>/dev/null && echo $$python && break; done)
+
+.venv-oldest/.ready: WANTED := python3.11
+.venv-colab/.ready: WANTED := python3.13
+.venv-%/.ready: requirements.txt constraints/%.txt
+	@echo "Setting up .venv-$* with constraints/$*.txt: about 4 minutes and 6 GB the first time"
+	@python=$(call first_that_runs,$(WANTED)); [ "$$python" = $(WANTED) ] || \
+		echo "no $(WANTED) here: using $$($$python --version) instead"; $$python -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -c constraints/$*.txt
+	@touch $@
+
+test-oldest test-colab: test-%: .venv-%/.ready
+	@.venv-$*/bin/python -m pytest tests
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-colab .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+clean-data:
+	@[ -z "$$(ls data/decoded-*.npz 2>/dev/null)" ] && echo "data/ holds no decoded copies" || \
+		{ echo "freeing $$(du -ch data/decoded-*.npz | tail -n 1 | cut -f 1):"; rm -fv data/decoded-*.npz; }

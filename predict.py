@@ -1,32 +1,46 @@
-"""Use the trained weights: classify your own picture, or test them on CIFAR-10.
+"""Use trained weights: classify your own pictures, or test the weights on the data of their run.
 
-python predict.py picture.jpg        the three most probable classes
-python predict.py --test             accuracy on CIFAR-10's test images, beside what metrics.json says
+python predict.py picture.jpg                   the three most probable classes, by the weights in Results/
+python predict.py --weights RUN/custom_resnet.safetensors *.jpg     by those of a run of yours
+python predict.py --test                        accuracy on the test images, beside what metrics.json says
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from models import CustomResNet
-from utils import report, runtime
+from utils import runtime
 from utils.analysis import classify_file
-from utils.checkpoint import CheckpointError, load_weights
-from utils.dataset import CIFAR10_CLASSES, DatasetError, load_dataset
+from utils.dataset import DatasetError, ImageDataset, load_dataset
+from utils.runs import report
+from utils.runs.door import complain, run_door
+from utils.runs.weights import WEIGHTS_NAME, WeightsError, load_model
+from utils.runtime import Session10Error, say
+
+CLASSES_LISTED = 10  # more are counted instead
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Classify a picture with Session 10's trained network.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", nargs="*", type=Path, help="image files; the central square is scaled to 32x32")
     parser.add_argument(
-        "--test", action="store_true", help="test the weights on CIFAR-10 instead (1.5 minutes on a CPU)"
+        "--test", action="store_true", help="test the weights on their run's data instead (1.5 minutes on a CPU)"
     )
-    parser.add_argument("--weights", type=Path, default=report.RESULTS / report.WEIGHTS_NAME, help="a safetensors file")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=report.RESULTS / WEIGHTS_NAME,
+        help=f"a safetensors file that a run wrote, such as runs/quick-seed0/{WEIGHTS_NAME} (default: Results/'s)",
+    )
     parser.add_argument("--top", type=int, default=3, help="how many classes to name (default: 3)")
-    parser.add_argument("--data-dir", help="for --test: a folder with CIFAR-10 (default: $CIFAR10_DIR, else data/)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--data-dir", help="for --test: the folder of the run's data (default: $CIFAR10_DIR, else data/)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     args = parser.parse_args(argv)
     if args.test == bool(args.picture):
         parser.error("name one or more pictures, or --test")
@@ -35,38 +49,105 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def test(args: argparse.Namespace) -> None:
-    """Test the weights as the last step of a run does, and compare with the metrics stored beside them."""
-    dataset = load_dataset(args.data_dir)
-    if dataset.classes != CIFAR10_CLASSES:
-        raise DatasetError(f"--test needs CIFAR-10, found {dataset.description}: name its folder with --data-dir")
-    device = runtime.pick_device(args.device)
-    model = load_weights(CustomResNet(), args.weights).to(device)
-    plain, mirrored = report.final_test(model, dataset, device)
-    print(f"{len(plain.labels):,} test images of {dataset.description}")
-    print(f"test accuracy {plain.accuracy:.2f}%, with flip TTA {mirrored.accuracy:.2f}%, loss {plain.loss:.4f}")
-    if (args.weights.parent / "metrics.json").exists():
+def test(args: argparse.Namespace, model: CustomResNet, classes: list[str]) -> None:
+    """Test the weights as the last step of a run does, and compare with the metrics stored beside them.
+
+    Raises:
+        DatasetError: the data are of other classes than the weights.
+    """
+    stored = None
+    if (args.weights.parent / report.METRICS_NAME).exists():
         stored = report.read_metrics(args.weights.parent)
-        print(
-            f"metrics.json  {stored['test_accuracy']:.2f}%, with flip TTA {stored['test_accuracy_tta']:.2f}%, "
-            f"loss {stored['test_loss']:.4f} ({stored['data']})"
+    dataset = data_of_run(args.data_dir, stored)
+    if list(dataset.classes) != classes:
+        raise DatasetError(
+            f"{args.weights} knows {in_words(classes)}, but {dataset.description} has {in_words(dataset.classes)}: name "
+            "the folder of the run's data with --data-dir"
         )
+    plain, mirrored = report.final_test(model, dataset, next(model.parameters()).device)
+    say(f"{len(plain.labels):,} test images of {dataset.description}")
+    say(f"test accuracy {plain.accuracy:.2f}%, with flip TTA {mirrored.accuracy:.2f}%, loss {plain.loss:.4f}")
+    if stored is not None:
+        say(
+            f"metrics.json  {stored['test_accuracy']:.2f}%, with flip TTA {stored['test_accuracy_tta']:.2f}%, "
+            f"loss {stored['test_loss']:.4f} ({stored['test_images']:,} test images of {stored['data']})"
+        )
+
+
+def data_of_run(data_dir: str | None, stored: dict | None) -> ImageDataset:
+    """The data that a run was tested on: of a quick run, the same subset.
+
+    Args:
+        data_dir: a folder; None: the usual places, or the stand-in where the run used it.
+        stored: the run's metrics, if there are any.
+    """
+    if stored is None:
+        return load_dataset(data_dir)
+    is_stand_in = stored["source"] == "digits" and data_dir is None
+    dataset = load_dataset(data_dir, source="digits" if is_stand_in else "auto")
+    return dataset.subset(stored["config"].get("train_images"), stored["config"].get("test_images"))
+
+
+def classify(args: argparse.Namespace, model: CustomResNet, classes: list[str]) -> int:
+    """A line for every picture; returns how many of several could not be classified.
+
+    Raises:
+        DatasetError, OSError: the only one could not.
+    """
+    failed = 0
+    for picture in args.picture:
+        try:
+            say(
+                f"{picture}: "
+                + ", ".join(f"{name} {share:.1%}" for name, share in answers(args, model, picture, classes))
+            )
+        except (DatasetError, OSError) as error:
+            if len(args.picture) == 1:
+                raise
+            complain(f"predict.py: {error}")
+            failed += 1
+    if failed < len(args.picture):
+        say(f"It knows {in_words(classes)}, and names one of them whatever a picture shows: a high share is no proof.")
+    return failed
+
+
+def answers(
+    args: argparse.Namespace, model: CustomResNet, picture: Path, classes: list[str]
+) -> list[tuple[str, float]]:
+    """The most probable classes of one picture.
+
+    Raises:
+        DatasetError: it is a folder, or no picture that can be read.
+        WeightsError: the network answers with something else than probabilities.
+    """
+    if picture.is_dir():
+        raise DatasetError(f"{picture} is a folder: name the pictures in it, such as {picture}/*.jpg")
+    found = classify_file(model, picture, classes, args.top)
+    if not all(math.isfinite(share) for _, share in found):
+        raise WeightsError(
+            f"{args.weights} gives no probabilities but NaN: the run has diverged; use another one's weights"
+        )
+    return found
+
+
+def in_words(classes: list[str] | tuple[str, ...]) -> str:
+    """``"3 classes (cat, dog, frog)"``; of many, only the number."""
+    return f"{len(classes)} classes" + (f" ({', '.join(classes)})" if len(classes) <= CLASSES_LISTED else "")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
+
+    def predict() -> None:
+        device = runtime.pick_device(args.device)
+        model, metadata = load_model(args.weights)
+        model = model.to(device)
         if args.test:
-            test(args)
-            return 0
-        model = load_weights(CustomResNet(), args.weights).to(runtime.pick_device(args.device))
-        for picture in args.picture:
-            answers = classify_file(model, picture, CIFAR10_CLASSES, args.top)
-            print(f"{picture}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answers))
-    except (CheckpointError, DatasetError, ValueError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+            test(args, model, metadata["classes"])
+        elif failed := classify(args, model, metadata["classes"]):
+            raise Session10Error(f"{failed} of {len(args.picture)} pictures could not be classified")
+
+    return run_door("predict.py", predict)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from utils.checkpoint import save_weights
 
 import predict
 from models import CustomResNet
 from utils import lesson
-from utils.checkpoint import save_weights
 from utils.transforms import normalize
 
 

@@ -1,21 +1,32 @@
-"""Set-up on Google Colab, and nowhere else: install what is missing, leave Colab's own packages alone."""
+"""Set-up where a notebook is opened alone: Google Colab, Kaggle, a download. Present packages are left as they are."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
 ROOT = Path(__file__).resolve().parent.parent
+DRIVE = Path("/content/drive")
 
 # Where a package's import name is not its name with "-" as "_".
-_IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "grad-cam": "pytorch_grad_cam"}
-# Needed for `make run` and `make test`, not by the notebook.
-_NOT_ON_COLAB = {"jupyter", "nbval", "pytest", "pytest-timeout", "hypothesis", "ruff"}
+IMPORT_NAMES = {
+    "grad-cam": "pytorch_grad_cam",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "scikit-learn": "sklearn",
+}
+# Needed for `make run`, `make lab` and the checks, not by the notebook.
+FOR_MAKE = {"jupyter", "nbformat", "nbclient", "nbval", "pytest", "pytest-timeout", "hypothesis", "ruff"}
 
 
 def on_colab() -> bool:
@@ -23,49 +34,90 @@ def on_colab() -> bool:
     return "google.colab" in sys.modules
 
 
-def missing_requirements(path: Path = ROOT / "requirements.txt") -> list[str]:
-    """The lines of requirements.txt that the notebook needs and that cannot be imported here."""
-    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
-    names = {line: re.match(r"[\w.-]+", line)[0] for line in lines if line}
-    return [
-        line
-        for line, name in names.items()
-        if name not in _NOT_ON_COLAB
-        and importlib.util.find_spec(_IMPORT_NAMES.get(name, name.replace("-", "_"))) is None
-    ]
+def is_hosted() -> bool:
+    """True on a machine that is lent for a session, where installing changes nobody's environment: Colab, Kaggle."""
+    return on_colab() or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 
 
-def install_missing() -> list[str]:
-    """Install ``missing_requirements`` with every present package pinned to its version: Colab's NumPy and torch stay.
+def read_requirements(path: Path = ROOT / "requirements.txt") -> list[Requirement]:
+    """The lines of a requirements file."""
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def check_requirements(path: Path = ROOT / "requirements.txt") -> tuple[list[str], list[str]]:
+    """What of requirements.txt the notebook needs and this environment does not offer.
 
     Returns:
-        What was installed; an empty list when nothing was missing, as after a restart.
+        ``(missing, differing)``: lines for pip; and, in words, what is here in a version that was never tried.
+    """
+    missing, differing = [], []
+    for requirement in read_requirements(path):
+        name = canonicalize_name(requirement.name)
+        if name in FOR_MAKE:
+            continue
+        if importlib.util.find_spec(IMPORT_NAMES.get(name, name.replace("-", "_"))) is None:
+            missing.append(str(requirement))
+            continue
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # from another source under another name, as cv2 from opencv-python: it is here
+        if not requirement.specifier.contains(version, prereleases=True):
+            differing.append(f"{name} {version} (tried: {requirement.specifier})")
+    return missing, differing
+
+
+def install(missing: list[str]) -> None:
+    """Install lines of requirements.txt with every present package pinned to its version: Colab's NumPy and torch stay.
 
     Raises:
         RuntimeError: pip failed; the message ends with its last lines.
     """
-    missing = missing_requirements()
-    if not missing:
-        return []
     pip = [sys.executable, "-m", "pip"]
-    present = subprocess.run([*pip, "freeze", "--exclude-editable"], capture_output=True, text=True, check=True).stdout
-    pins = [line for line in present.splitlines() if re.fullmatch(r"[\w.-]+==\S+", line)]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as constraints:
-        constraints.write("\n".join(pins))
-    try:
+    pins = {}
+    for package in importlib.metadata.distributions():  # of two of one name, the first is the one that is imported
+        with contextlib.suppress(InvalidVersion, TypeError):  # such as the system's own, which pip does not manage
+            pins.setdefault(canonicalize_name(package.name), Version(package.version))
+    with tempfile.TemporaryDirectory() as scratch:
+        constraints = Path(scratch, "present.txt")
+        constraints.write_text("\n".join(f"{name}=={version}" for name, version in pins.items()), encoding="utf-8")
         done = subprocess.run(
-            [*pip, "install", "--quiet", "--constraint", constraints.name, *missing], capture_output=True, text=True
+            [*pip, "install", "--quiet", "--constraint", str(constraints), *missing],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
-    finally:
-        os.unlink(constraints.name)
     if done.returncode:
         raise RuntimeError("pip could not install " + ", ".join(missing) + ":\n" + done.stderr.strip()[-600:])
-    return missing
+
+
+def mount_drive(folder: str = "session10") -> Path:
+    """Mount Google Drive and have every checkpoint copied there; a new machine then goes on from the copy.
+
+    Sets ``S10_RUN_DIR``, so call it before the run's folder is opened. Colab asks for your permission.
+
+    Args:
+        folder: below "My Drive"; made if missing.
+
+    Raises:
+        RuntimeError: this is not Colab.
+    """
+    if not on_colab():
+        raise RuntimeError("Drive can be mounted on Colab only: elsewhere set S10_RUN_DIR to a folder that is kept")
+    from google.colab import drive
+
+    drive.mount(str(DRIVE))
+    target = DRIVE / "MyDrive" / folder
+    target.mkdir(parents=True, exist_ok=True)
+    os.environ["S10_RUN_DIR"] = str(target)
+    return target
 
 
 def gpu_advice() -> str:
     """A sentence about the GPU: its name, or how to get one."""
-    import torch  # only after install_missing
+    import torch  # only after what is missing was installed
 
     if torch.cuda.is_available():
         return f"GPU: {torch.cuda.get_device_name()}. The full profile runs here."
@@ -75,8 +127,20 @@ def gpu_advice() -> str:
 
 
 def prepare() -> None:
-    """The set-up cell's work after the clone: install what is missing and say what was done."""
-    if on_colab():
-        installed = install_missing()
-        print("Installed: " + ", ".join(installed) if installed else "Everything needed is here already.")
+    """The set-up cell's work after the clone: see that all packages are here, and say what was done.
+
+    Raises:
+        RuntimeError: something is missing and could not be installed, or this machine is not one to change unasked.
+    """
+    missing, differing = check_requirements()
+    if missing and not is_hosted():
+        raise RuntimeError(
+            f"missing here: {', '.join(missing)}. Run `%pip install -r {ROOT / 'requirements.txt'}` in a cell, then restart "
+            "the kernel"
+        )
+    if missing:
+        install(missing)
+    print("Installed: " + ", ".join(missing) if missing else "Everything needed is here already.")
+    if differing:
+        print("Not tried with these versions, so look here first if something fails: " + "; ".join(differing))
     print(gpu_advice())

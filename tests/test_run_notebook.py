@@ -1,0 +1,166 @@
+"""run_notebook.py as its user meets it: a run goes on where it stopped, and nothing ends in a traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import run_notebook
+from utils.runtime import PROJECT_ROOT
+
+SLEEP = "import time\nprint('begun', flush=True)\ntime.sleep(300)"
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """``notebook(source)`` -> the path of a notebook of three cells, with ``source`` in the middle."""
+
+    def write(source: str):
+        cells = [
+            new_markdown_cell("# Beginning"),
+            new_code_cell("print('first')"),
+            new_markdown_cell("# Middle"),
+            new_code_cell(source),
+            new_code_cell("print('last')"),
+        ]
+        for cell in cells:
+            cell.pop("id")  # of a newer notebook format
+        nbformat.write(new_notebook(cells=cells, nbformat_minor=4), tmp_path / "small.ipynb")
+        return tmp_path / "small.ipynb"
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    """The folder of all runs; the environment names no other one."""
+    monkeypatch.setattr(run_notebook, "RUNS", tmp_path / "runs")
+    monkeypatch.setenv("S10_PROFILE", "quick")
+    for name in ("S10_RUN_NAME", "S10_SOURCE", "S10_PUBLISH", "CIFAR10_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "runs"
+
+
+def printed(path) -> str:
+    """What the cells of an executed notebook printed."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def test_an_unfinished_run_goes_on_and_after_a_finished_one_a_new_one_begins(notebook, runs, capsys):
+    """The cell fails as long as its run's folder holds no file of its making, as training that is interrupted would."""
+    path = notebook(
+        "import os, pathlib\n"
+        "mark = pathlib.Path(os.environ['S10_RUN_NAME'], 'mark')\n"
+        "known = mark.exists()\n"
+        "mark.touch()\n"
+        "assert known, 'no mark yet'\n"
+        "print('publish', os.environ.get('S10_PUBLISH'))"
+    )
+    assert run_notebook.main([str(path)]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "stopped in 'Middle' by AssertionError: no mark yet" in message
+    assert f"the notebook up to there is {runs / 'notebook-quick' / 'small.ipynb'}; run it again to go on" in message
+    assert printed(runs / "notebook-quick" / "small.ipynb") == "first\n"
+
+    assert run_notebook.main([str(path), "--publish", "--in-place"]) == 0
+    assert f"going on with the unfinished run in {runs / 'notebook-quick'}" in capsys.readouterr().out
+    assert printed(runs / "notebook-quick" / "small.ipynb") == "first\npublish 1\nlast\n"
+    assert printed(path) == "first\npublish 1\nlast\n"
+
+    assert run_notebook.main([str(path)]) == 1  # in a folder of its own, which has no mark
+    assert f"in {runs / 'notebook-quick-2'};" in capsys.readouterr().out
+
+
+def test_only_an_unfinished_run_of_the_same_settings_goes_on(runs, monkeypatch):
+    settings = run_notebook.settings_from_environment()
+    first, second, third = (runs / f"notebook-quick{ending}" for ending in ("", "-2", "-3"))
+    run_notebook.write_record(first, settings, finished=False)
+    second.mkdir()  # of somebody else
+    assert run_notebook.choose_folder(runs, settings) == (first, True)
+    assert run_notebook.choose_folder(runs, settings, new=True) == (third, False)
+
+    monkeypatch.setenv("CIFAR10_DIR", str(runs))
+    assert run_notebook.choose_folder(runs, run_notebook.settings_from_environment()) == (third, False)
+    changed = {**settings, "config": {**settings["config"], "epochs": 99}}
+    assert run_notebook.choose_folder(runs, changed) == (third, False)
+
+    run_notebook.write_record(third, settings, finished=False)
+    assert run_notebook.choose_folder(runs, settings) == (third, True)  # the newest
+    run_notebook.write_record(third, settings, finished=True)
+    assert run_notebook.choose_folder(runs, settings) == (first, True)
+
+
+def test_a_dead_kernel_ends_with_one_message_and_what_was_executed_is_kept(notebook, runs, capsys):
+    path = notebook("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)")
+    assert run_notebook.main([str(path)]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "the kernel died in 'Middle'" in message
+    assert printed(runs / "notebook-quick" / "small.ipynb") == "first\n"
+
+
+def test_a_file_that_is_no_notebook_and_a_profile_that_is_none_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "torn.ipynb").write_text('{"cells": [', encoding="utf-8")
+    assert run_notebook.main([str(tmp_path / "torn.ipynb")]) == 1
+    assert "torn.ipynb is not a notebook" in capsys.readouterr().err
+    monkeypatch.setenv("S10_PROFILE", "fast")
+    assert run_notebook.main([]) == 2
+    message = capsys.readouterr().err
+    assert "fast" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_one_message_and_what_was_executed_is_kept(notebook, tmp_path, number, monkeypatch):
+    # A shell's background job ignores Ctrl-C, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [sys.executable, "run_notebook.py", str(notebook(SLEEP))],
+        cwd=PROJECT_ROOT,
+        env={**os.environ, "S10_RUN_NAME": str(tmp_path / "run")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGINT, before)
+    try:
+        assert any("Middle" in line for line in process.stdout)
+        time.sleep(3)  # from the announcement until the cell sleeps
+        os.killpg(process.pid, number)
+        message = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert message.count("\n") == 1
+    assert "interrupted; the notebook up to there is" in message
+    assert printed(tmp_path / "run" / "small.ipynb") == "first\nbegun\n"
+    assert json.loads((tmp_path / "run" / "notebook.json").read_text(encoding="utf-8"))["finished"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="head is POSIX's")
+def test_a_reader_that_goes_away_does_not_end_the_run(notebook, tmp_path):
+    done = subprocess.run(
+        f"'{sys.executable}' run_notebook.py '{notebook('1')}' | head -n 1; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        cwd=PROJECT_ROOT,
+        env={**os.environ, "S10_RUN_NAME": str(tmp_path / "run")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "0"
+    assert printed(tmp_path / "run" / "small.ipynb") == "first\nlast\n"

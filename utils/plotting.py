@@ -602,3 +602,28 @@ def block_diagram(stages: Sequence[tuple[str, str, str, bool]]) -> Figure:
             axis.text(x, half_height + 0.42, "x + R(x)", color=BLUE, fontsize=9, **centred)
     axis.text(-0.55, -1.15, "below each box: channels × height × width of its output", fontsize=8.5, color="#555555")
     return figure
+
+
+def curves(panels: dict[str, dict[str, np.ndarray]], x_label: str, y_label: str, x: np.ndarray | None = None) -> Figure:
+    """Named curves on one pair of axes or several side by side, all with the same scale.
+
+    Args:
+        panels: by panel title, by curve name, (S,) values or (R, S) of R repetitions: their mean, and their range shaded.
+        x_label, y_label: of the axes.
+        x: (S,) where the values lie; None: at 1, 2, ..., S, each marked with a dot.
+    """
+    colors = (GREY, BLUE) if x is not None else (BLUE, ORANGE, GREEN, RED)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(3.5, 1, len(panels), squeeze=False, sharey=True)
+        for axis, (title, named) in zip(axes[0], panels.items()):
+            for color, (name, values) in zip(colors, named.items()):
+                values = np.atleast_2d(values)
+                at = np.arange(1, values.shape[1] + 1) if x is None else x
+                axis.plot(at, values.mean(axis=0), color=color, marker="o" if x is None else "", ms=3, label=name)
+                axis.fill_between(at, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
+            axis.set_title(title)
+            axis.set_xlabel(x_label)
+            axis.set_ylim(bottom=0)
+            axis.legend()
+        axes[0, 0].set_ylabel(y_label)
+    return figure

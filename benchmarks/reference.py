@@ -1,7 +1,7 @@
 """The baseline: the usual way to train this network, kept as slow as it is usually written.
 
-Albumentations image by image in loader processes, float32, NCHW, convolutions padded by replication, Adam one parameter
-at a time, and a wait for the device after every step to read the loss.
+Albumentations image by image in loader processes, float32, NCHW, Adam one parameter at a time, and a wait for the device
+after every step to read the loss.
 """
 
 from __future__ import annotations
@@ -12,17 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import Adam
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from models import CustomResNet
+from models.variants import pad_by_replication
+from utils.dataset import ImageDataset
+from utils.loaders import AlbumentationsDataset
+from utils.transforms import train_transform
 
 
-def make_reference_model() -> CustomResNet:
-    """Our network with ``padding_mode="replicate"`` and unscaled logits: the same parameters, the same FLOPs."""
-    model = CustomResNet(logit_scale=1.0)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.padding_mode = "replicate"
+def make_reference_loader(dataset: ImageDataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
+    """torch's own loader of augmented (B, 3, 32, 32) float32 images, in NCHW on the CPU, and (B,) int64 labels."""
+    augmented = AlbumentationsDataset(dataset.train_images, dataset.train_labels, train_transform())
+    return DataLoader(augmented, batch_size, shuffle=True, num_workers=num_workers, pin_memory=device.type == "cuda")
+
+
+def make_reference_model(padding: str = "replicate", width: int = 64) -> CustomResNet:
+    """Our network with unscaled logits: the same parameters, the same FLOPs.
+
+    Args:
+        padding: of the convolutions: "replicate", as in the original write-up, or "zeros", as most people have it.
+        width: channels of the first layer.
+    """
+    model = CustomResNet(logit_scale=1.0, width=width)
+    if padding == "replicate":
+        pad_by_replication(model)
     return model
 
 

@@ -1,11 +1,13 @@
 """How fast is it here? Our training beside the usual way's, on one machine in one run.
 
-    python -m benchmarks.speed              the table (about 8 minutes on 2 cores), and benchmarks/results/speed-*.json
-    python -m benchmarks.speed --scaling    time and memory against image count and batch size
-    python -m benchmarks.speed --profile    what one pass of our training spends its time on
+    python -m benchmarks.speed                       the table (about 15 minutes on 2 cores), into runs/bench/
+    python -m benchmarks.speed --compile default     with a compiled row
+    python -m benchmarks.speed --scaling             time and memory against image count and batch size
+    python -m benchmarks.speed --publish FILE...     put measured files into benchmarks/results/ and the README
 
-Every row runs in a process of its own; within a part the rows take turns, so that what else the machine does hits all
-of them. Close other programs first, and trust ratios before absolute numbers.
+Every row runs in a process of its own. On a CPU the rows of a part take turns; on a GPU, whose memory may not hold them
+all, one is done before the next begins. A row that fails says why and costs nothing but itself. Close other programs
+first, and trust ratios before absolute numbers.
 """
 
 from __future__ import annotations
@@ -14,25 +16,45 @@ import argparse
 import json
 import os
 import platform
-import shutil
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import get_args, get_type_hints
 
 import torch
 
-from benchmarks.scaling import measure_scaling, plot_scaling
-from benchmarks.workloads import MIB, WARM_UP_PASSES, Measurement, Worker, Workload, count_flop, measure
-from utils.config import COMPILE_MODES, Config
-from utils.report import replace_block
-from utils.runtime import PROJECT_ROOT, code_commit, device_name, pick_device, pick_precision, versions
+from benchmarks.workloads import MIB, WARM_UP_PASSES, Measurement, Workload, count_flop, measure
+from utils import plotting
+from utils.config import Config, ConfigError
+from utils.runs import report
+from utils.runs.door import run_door
+from utils.runtime import (
+    PROJECT_ROOT,
+    code_commit,
+    device_name,
+    pick_device,
+    pick_precision,
+    say,
+    set_threads,
+    versions,
+    write_atomically,
+)
 
 # The processes that measure inherit both. What an earlier run compiled must not shorten a first pass.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+STORED = PROJECT_ROOT / "benchmarks" / "results"
+MEASURED = PROJECT_ROOT / "runs" / "bench"
+TABLES = ("speed-cpu.json", "speed-cuda.json", "gpu.json")  # those in STORED make the README's part, in this order
+COMPILE_MODES = get_args(get_type_hints(Config)["compile"])
 EPOCH_IMAGES = 50_000  # CIFAR-10's train images: what "an epoch" is extrapolated to
+IMAGE_BYTES = 32 * 32 * 3
+QUICK_WIDTH = 8  # a network of a 64th of the work
 
 UNITS = {
     "images_per_second": "images / s, wall clock",
@@ -44,37 +66,47 @@ UNITS = {
     "peak_memory_mib": "MiB; CUDA: allocated on the GPU; CPU: resident in the process, loader processes not counted",
     "speedup": "times the first row of the part; augmentation on a CPU: by images_per_core_second",
 }
-NOTE = """\
-Median (min-max) over the repeats; speedups against the first row of each part, repeat by repeat.
-Ratios are fp32 to fp32: an fp32 row compares like with like. Lower precision comes on top.
-"s/epoch" is extrapolated to 50,000 images. Memory leaves out the processes of the DataLoader."""
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--num-workers", type=int, help="processes of the usual way's DataLoader (default: 2; GPU: 8)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and network: the numbers mean nothing")
+    parser.add_argument("--out", type=Path, default=MEASURED, help="folder of the JSON file (default: runs/bench)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--scaling", action="store_true", help="time and memory against image count and batch size")
-    mode.add_argument("--profile", action="store_true", help="print the operations that our training spends time in")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    mode.add_argument("--publish", type=Path, nargs="+", metavar="FILE", help="measure nothing; publish these files")
+    add_machine_arguments(parser)
     parser.add_argument("--batch-size", type=int, help="images a training step (default: 512)")
-    parser.add_argument("--images", type=int, help="images a training pass (default: CUDA 50,000; CPU one batch)")
-    parser.add_argument("--repeats", type=int, help="passes of every row (default: CUDA 5, CPU 3)")
-    parser.add_argument("--num-workers", type=int, default=Config().num_workers, help="processes of the DataLoader")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: the numbers mean nothing")
-    parser.add_argument("--publish", action="store_true", help="put the table into the README")
-    parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/speed-<device>.json)")
+    parser.add_argument("--images", type=int, help="images a training pass (default: GPU 50,000; CPU one batch)")
+    parser.add_argument("--repeats", type=int, help="passes of every row (default: GPU 5, CPU 3)")
+    parser.add_argument(
+        "--compile", nargs="+", default=[], choices=COMPILE_MODES[1:], help="torch.compile's modes, a row each"
+    )
     args = parser.parse_args(argv)
-    on_cuda = pick_device(args.device).type == "cuda"
-    args.batch_size = args.batch_size or (16 if args.quick else Config().batch_size)
-    args.images = args.images or (EPOCH_IMAGES if on_cuda and not args.quick else args.batch_size)
-    args.repeats = args.repeats or (2 if args.quick else 5 if on_cuda else 3)
     for name in ("batch_size", "images", "repeats"):
-        if getattr(args, name) < 1:
+        if (getattr(args, name) or 1) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
-    if args.batch_size > args.images:
-        parser.error(f"--batch-size is {args.batch_size}, more than the --images {args.images}: lower it")
     return args
+
+
+def fill_in(args: argparse.Namespace, device: torch.device) -> None:
+    """The sizes that the command line left open, as they suit ``device``."""
+    on_cpu = device.type == "cpu"
+    args.batch_size = args.batch_size or (8 if args.quick else Config().batch_size)
+    args.images = args.images or (args.batch_size if on_cpu or args.quick else EPOCH_IMAGES)
+    args.repeats = args.repeats or (2 if args.quick else 3 if on_cpu else 5)
+    if args.num_workers is None:
+        args.num_workers = 2 if on_cpu else min(8, os.cpu_count())
+    args.width = QUICK_WIDTH if args.quick else Config().width
+    if args.batch_size > args.images:
+        raise ConfigError(f"--batch-size is {args.batch_size}, more than the --images {args.images}: lower it")
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------
@@ -88,31 +120,38 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
         device: where to run.
         precision: what "auto" comes to here.
     """
-    on_cuda = device.type == "cuda"
-    make = partial(Workload, device=str(device), threads=args.threads)
-
+    on_cpu = device.type == "cpu"
+    make = partial(Workload, device=str(device), threads=args.threads, width=args.width)
+    usual = dict(reference=True, num_workers=args.num_workers)
+    usual = [
+        dict(usual, name="usual way, fp32, replicated borders", padding="replicate"),
+        dict(usual, name="usual way, fp32, zero padding"),
+    ]
     ours = [dict(name="ours, fp32")]
     if precision != "fp32":
         ours.append(dict(name=f"ours, {precision}", precision=precision))
-    usual = dict(name="usual way, fp32", reference=True, num_workers=args.num_workers)
-    compiled = []
-    if not args.quick and (on_cuda or shutil.which("g++")):  # what torch.compile needs on a CPU
-        modes = COMPILE_MODES[1:] if on_cuda else COMPILE_MODES[1:2]  # without a GPU there are no CUDA graphs
-        compiled = [dict(ours[-1], name=f"{ours[-1]['name']}, compile {mode}", compile=mode) for mode in modes]
+    if on_cpu and precision == "bf16":
+        ours.append(dict(ours[-1], name="ours, bf16, packed", packed=True))
+    default = ours[-1]  # what train.py does here
+    others = [dict(default, name=f"{default['name']}, compile {mode}", compile=mode) for mode in args.compile]
+    if device.type == "cuda":  # in bf16, batch norm has torch's own kernels; in fp16, cuDNN's
+        half = dict(name="ours, fp16", precision="fp16")
+        others += [half] * (precision != "fp16") + [dict(half, name="ours, fp16, native batch norm", native_norm=True)]
 
     train = partial(make, images=args.images, batch_size=args.batch_size)
-    test_images = 20 if args.quick else 10_000 if on_cuda else 1000
+    test_images = 20 if args.quick else 1000 if on_cpu else 10_000
     test = partial(make, "evaluation", images=test_images, batch_size=min(Config().eval_batch_size, test_images))
-    loaded_images = max(args.batch_size, 100 if args.quick else 50_000 if on_cuda else 10_000)
+    loaded_images = max(args.batch_size, 100 if args.quick else 10_000 if on_cpu else EPOCH_IMAGES)
     augment = partial(make, "augmentation", images=loaded_images, batch_size=args.batch_size)
     multiply = partial(
-        make, "matmul", images=50 if on_cuda else 1, batch_size=256 if args.quick else 8192 if on_cuda else 4096
+        make, "matmul", images=1 if on_cpu else 50, batch_size=256 if args.quick else 4096 if on_cpu else 8192
     )
+    precisions = dict.fromkeys(row.get("precision", "fp32") for row in [*ours, *others])
     return {
-        "training": [train("training", **row) for row in [usual, *ours]],
-        "step": [train("step", **row) for row in [usual, *ours, *compiled]]
-        + [multiply("matmul", precision=row.get("precision", "fp32")) for row in ours],
-        "evaluation": [test(**row) for row in [*ours, dict(ours[-1], name=f"{ours[-1]['name']}, flip TTA", tta=True)]],
+        "training": [train("training", **row) for row in [*usual, *ours]],
+        "step": [train("step", **row) for row in [*usual, *ours, *others]]
+        + [multiply(f"matrix products, {name}", precision=name) for name in precisions],
+        "evaluation": [test(**row) for row in [*ours, dict(default, name=f"{default['name']}, flip TTA", tta=True)]],
         "augmentation": [
             augment("Albumentations, DataLoader", reference=True, num_workers=args.num_workers),
             augment("Albumentations, in process", reference=True),
@@ -125,18 +164,27 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def summarize(workload: Workload, measured: list[Measurement], baseline: list[float]) -> dict:
-    """A row of the JSON. ``baseline``: the rates of the part's first row, one a repeat."""
-    flop = count_flop(workload.part) * (2 if workload.tta else 1)
+def summarize(workload: Workload, measured: list[Measurement] | str, baseline: list[float] | None) -> dict:
+    """A row of the JSON.
+
+    Args:
+        workload: the row.
+        measured: its repeats, or why there are none.
+        baseline: the rates of the part's first row, one a repeat; None where that failed.
+    """
+    row = asdict(workload)
+    if isinstance(measured, str):
+        return {**row, "error": measured}
+    flop = count_flop(workload.part, workload.width) * (2 if workload.tta else 1)
     images = workload.images
-    row = {
-        **asdict(workload),
+    row |= {
         "repeats": len(measured),
         "images_per_second": spread([images / each.seconds for each in measured]),
         "first_pass_seconds": measured[0].first_seconds,
         "peak_memory_mib": max(each.peak_bytes for each in measured) / MIB,
-        "speedup": spread([rate / base for rate, base in zip(compared_rates(workload, measured), baseline)]),
     }
+    if baseline:
+        row["speedup"] = spread([rate / base for rate, base in zip(compared_rates(workload, measured), baseline)])
     if workload.part == "augmentation":
         row["images_per_core_second"] = spread([images / each.cpu_seconds for each in measured])
     else:
@@ -146,30 +194,44 @@ def summarize(workload: Workload, measured: list[Measurement], baseline: list[fl
     return row
 
 
-def compared_rates(workload: Workload, measured: list[Measurement]) -> list[float]:
+def compared_rates(workload: Workload, measured: list[Measurement] | str) -> list[float] | None:
     """Images a second, one a repeat: of wall time, but per core where rows use different numbers of cores."""
+    if isinstance(measured, str):
+        return None
     per_core = workload.part == "augmentation" and workload.device == "cpu"
     return [workload.images / (each.cpu_seconds if per_core else each.seconds) for each in measured]
 
 
+class Progress:
+    """Prints a line for each thing that is done: which of how many it is, and after how long."""
+
+    def __init__(self, total: int):
+        self.total, self.count, self.began = total, 0, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        self.count += 1
+        say(f"[{self.count:>2}/{self.total}, {time.monotonic() - self.began:>4.0f} s] {what}")
+
+
 def compare(args: argparse.Namespace, device: torch.device, precision: str) -> dict:
     """Measure every part; returns what goes into the JSON file."""
+    parts = make_parts(args, device, precision)
+    progress = Progress(sum(len(workloads) for workloads in parts.values()) * (args.repeats + 1))
     rows, matmul = [], {}
-    for part, workloads in make_parts(args, device, precision).items():
-        print(f"measuring {part} ...", flush=True)
-        measured = measure(workloads, args.repeats)
+    for part, workloads in parts.items():
+        measured = measure(workloads, args.repeats, lambda what: progress(f"{part}: {what}"))  # noqa: B023
         baseline = compared_rates(workloads[0], measured[0])
         for workload, each in zip(workloads, measured):
-            if workload.part == "matmul":
+            if workload.part != "matmul":
+                rows.append(summarize(workload, each, baseline))
+            elif not isinstance(each, str):
                 flop = 2 * workload.batch_size**3 * workload.images
                 matmul[workload.precision] = spread([flop / one.seconds / 1e9 for one in each])
-            else:
-                rows.append(summarize(workload, each, baseline))
     for row in rows:
-        if "gflop_per_second" in row:
+        if "gflop_per_second" in row and row["precision"] in matmul:
             row["matmul_fraction"] = row["gflop_per_second"]["median"] / matmul[row["precision"]]["median"]
     return {
-        "flop_per_image": {part: count_flop(part) for part in ("training", "evaluation")},
+        "flop_per_image": {part: count_flop(part, args.width) for part in ("training", "evaluation")},
         "matmul_gflop_per_second": matmul,
         "units": UNITS,
         "rows": rows,
@@ -178,7 +240,7 @@ def compare(args: argparse.Namespace, device: torch.device, precision: str) -> d
 
 def describe_machine(args: argparse.Namespace, device: torch.device) -> dict:
     if args.threads:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
     packages = {name: version(name) for name in ("albumentations", "torchvision")}
     return {
         "device": device_name(device),
@@ -193,103 +255,212 @@ def describe_machine(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-# --- what is printed --------------------------------------------------------------------------------------------------
+# --- how cost grows ---------------------------------------------------------------------------------------------------
+
+
+def make_curves(args: argparse.Namespace, device: torch.device, precision: str) -> dict[str, list[Workload]]:
+    """The points of each curve, smallest first; a CPU gets sizes that it finishes within minutes.
+
+    Time should grow in proportion. Memory should stay flat but for the images themselves, or for a batch's activations.
+    """
+    on_cpu = device.type == "cpu"
+    batch = 8 if args.quick else 128 if on_cpu else 512
+    training = 4 * batch if on_cpu or args.quick else EPOCH_IMAGES
+    loading = 100 * batch if args.quick else 100_000
+    passes = 1 if on_cpu else 20
+    packed = on_cpu and precision == "bf16"
+    make = partial(
+        Workload, device=str(device), precision=precision, threads=args.threads, width=args.width, packed=packed
+    )
+
+    def points(part: str, images: Sequence[int], batches: Sequence[int]) -> list[Workload]:
+        sizes = zip(images, batches)
+        return [make(part, f"{part} of {count:,}", images=count, batch_size=size) for count, size in sizes]
+
+    batches = [batch * factor // 2 for factor in (1, 2, 4, 8, 16)]
+    return {
+        "training, by image count": points(
+            "training", [training * factor // 4 for factor in (1, 2, 4, 8)], 4 * [batch]
+        ),
+        "loading and augmentation, by image count": points(
+            "augmentation", [loading * factor // 8 for factor in (1, 2, 4, 8)], 4 * [batch]
+        ),
+        "step, by batch size": points("step", [size * passes for size in batches], batches),
+    }
+
+
+def measure_scaling(args: argparse.Namespace, device: torch.device, precision: str) -> dict:
+    """Measure every curve; returns what goes into the JSON file. A point that fails is left out."""
+    curves = make_curves(args, device, precision)
+    progress = Progress(sum(len(workloads) for workloads in curves.values()) * (args.repeats + 1))
+    return {
+        "precision": precision,
+        "repeats": args.repeats,
+        "curves": {
+            title: [
+                {
+                    "images": workload.images,
+                    "batch_size": workload.batch_size,
+                    "seconds": median(each.seconds for each in measured),
+                    "peak_memory_mib": max(each.peak_bytes for each in measured) / MIB,
+                    "images_mib": workload.images * IMAGE_BYTES / MIB,
+                }
+                for workload, measured in zip(workloads, measure(workloads, args.repeats, progress))
+                if not isinstance(measured, str)
+            ]
+            for title, workloads in curves.items()
+        },
+    }
+
+
+def scaling_table(stored: dict) -> str:
+    """Every curve's points."""
+    rows = []
+    for title, points in stored["curves"].items():
+        rows.append((f"**{title}**", "", "", "", ""))
+        rows += [
+            (
+                f"{point['images']:,}",
+                f"{point['batch_size']:,}",
+                f"{point['seconds']:.3f}",
+                f"{1000 * point['seconds'] / point['images']:.3f}",
+                f"{point['peak_memory_mib']:,.0f} MiB",
+            )
+            for point in points
+        ]
+    return aligned_table(("images", "batch", "seconds", "ms an image", "peak memory"), rows)
+
+
+# --- what is printed and published ------------------------------------------------------------------------------------
 
 
 def format_spread(values: dict[str, float] | None, digits: int = 0) -> str:
     if values is None:
-        return "-"
-    return f"{values['median']:,.{digits}f} ({values['min']:,.{digits}f}-{values['max']:,.{digits}f})"
+        return ""
+    middle, low, high = (f"{values[name]:,.{digits}f}" for name in ("median", "min", "max"))
+    return middle if low == high else f"{middle} ({low}-{high})"
 
 
 def row_name(row: dict) -> str:
     """The row's name; where it was compiled, with what that cost once."""
-    cold = "" if row["compile"] == "off" else f" (first {row['images']:,} images: {row['first_pass_seconds']:.0f} s)"
-    return row["name"] + cold
+    if row.get("compile", "off") == "off" or "first_pass_seconds" not in row:
+        return row["name"]
+    return f"{row['name']} (first {row['images']:,} images: {row['first_pass_seconds']:.0f} s)"
 
 
-def format_table(result: dict) -> str:
-    header = f"{'':46} {'images/s':>24} {'per core':>24} {'s/epoch':>22} {'of matmul':>9} {'MiB':>7} {'speedup':>22}"
-    lines = [header]
-    part = None
-    for row in result["rows"]:
-        if row["part"] != part:
-            part = row["part"]
-            lines.append(part)
-        fraction = f"{row['matmul_fraction']:.0%}" if "matmul_fraction" in row else "-"
-        lines.append(
-            f"  {row_name(row):44} {format_spread(row['images_per_second']):>24} "
-            f"{format_spread(row.get('images_per_core_second')):>24} {format_spread(row.get('seconds_per_epoch')):>22} "
-            f"{fraction:>9} {row['peak_memory_mib']:>7,.0f} {format_spread(row['speedup'], 2):>22}"
-        )
-    flop = result["flop_per_image"]
-    lines.append(f"GFLOP an image: {flop['training'] / 1e9:.2f} training, {flop['evaluation'] / 1e9:.2f} evaluation")
-    for precision, rate in result["matmul_gflop_per_second"].items():
-        lines.append(f"matrix product, {precision}: {format_spread(rate)} GFLOP/s")
-    return "\n".join([*lines, NOTE])
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that also reads well as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    padded = [
+        [cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))]
+        for row in (header, *rows)
+    ]
+    return report.markdown_table(padded[0], padded[1:], align="l" + "r" * (len(header) - 1))
 
 
 def markdown_table(stored: dict) -> str:
-    """The README's table, from the content of a JSON file."""
-    machine, rows = stored["machine"], stored["rows"]
-    matmul = ", ".join(
-        f"{rate['median']:,.0f} GFLOP/s in {name}" for name, rate in stored["matmul_gflop_per_second"].items()
-    )
-    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        f"Measured alone on {machine['device']}, {machine['loader_processes']} loader processes; batch "
-        f"{rows[0]['batch_size']}, median of {rows[0]['repeats']} interleaved repeats with their range, each after "
-        f"{machine['warm_up_passes']} passes to warm up; matrix products run at {matmul} there (a share above 100%: "
-        f"convolutions outrun them). {packages}.",
-        "",
-        "| | images / s | of the matrix-product rate | peak memory | times the first row |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    part = None
-    for row in rows:
+    """The README's table, from the content of a JSON file; a row that failed says so."""
+    lines, part = [], None
+    for row in stored["rows"]:
         if row["part"] != part:
             part = row["part"]
             core = ", a core" if "images_per_core_second" in row else ""
-            lines.append(f"| **{part}**{core} | | | | |")
-        rate = row.get("images_per_core_second", row["images_per_second"])
-        fraction = f"{row['matmul_fraction']:.0%}" if "matmul_fraction" in row else ""
+            lines.append((f"**{part}**{core}", "", "", "", ""))
+        if "error" in row or "text" in row:
+            lines.append((row_name(row), row.get("text") or f"failed: {row['error']}".replace("|", "/"), "", "", ""))
+            continue
         lines.append(
-            f"| {row_name(row)} | {format_spread(rate)} | {fraction} | {row['peak_memory_mib']:,.0f} MiB | "
-            f"{format_spread(row['speedup'], 1)} |"
+            (
+                row_name(row),
+                format_spread(row.get("images_per_core_second", row["images_per_second"])),
+                f"{row['matmul_fraction']:.0%}" if "matmul_fraction" in row else "",
+                f"{row['peak_memory_mib']:,.0f} MiB",
+                format_spread(row.get("speedup"), 1),
+            )
         )
-    return "\n".join(lines)
+    columns = ("images / s", "of the matrix-product rate", "peak memory", "times the first row")
+    return f"{how_measured(stored)}\n\n{aligned_table(('', *columns), lines)}"
 
 
-def print_profile(args: argparse.Namespace, device: torch.device, precision: str) -> None:
-    ours = [row for row in make_parts(args, device, precision)["training"] if not row.reference]
-    with Worker(ours[-1]) as worker:
-        print(f"{ours[-1].name}: {args.images:,} images in batches of {args.batch_size}\n{worker.profile(rows=20)}")
+def how_measured(stored: dict) -> str:
+    """On what and how, in a sentence or two."""
+    machine = stored["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    on = f"Measured alone on {machine['device']}, {machine['loader_processes']} loader processes; "
+    if "how" in stored:
+        return f"{on}{stored['how']}. {packages}."
+    matmul = ", ".join(
+        f"{rate['median']:,.0f} GFLOP/s in {name}" for name, rate in stored["matmul_gflop_per_second"].items()
+    )
+    repeats = next((row["repeats"] for row in stored["rows"] if "repeats" in row), 0)
+    # Interleaving and warming up are for CPUs (see workloads.py).
+    turns = f"interleaved repeats with their range, each after {machine['warm_up_passes']} passes to warm up"
+    return (
+        f"{on}batch {stored['rows'][0]['batch_size']}, median of {repeats} "
+        f"{turns if machine['warm_up_passes'] else 'repeats with their range'}; matrix products run at {matmul} there (a "
+        f"share above 100%: convolutions outrun them). {packages}."
+    )
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def readme_part() -> str:
+    """The README's generated part "speed": the tables of all that is stored."""
+    paths = [STORED / name for name in TABLES]
+    return "\n\n".join(markdown_table(json.loads(path.read_text("utf-8"))) for path in paths if path.exists())
+
+
+def publish(files: Sequence[Path], readme: Path = PROJECT_ROOT / "README.md") -> None:
+    """Put measured files into benchmarks/results/, and redraw what is made from them.
+
+    Raises:
+        ConfigError: a file was not written by a benchmark, or by one with ``--quick``.
+    """
+    for path in files:
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            is_quick = stored["machine"]["quick"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is not what a benchmark writes ({error!r})") from None
+        if is_quick:
+            raise ConfigError(f"{path} was measured with --quick, so its numbers mean nothing: measure without")
+        target = STORED / path.name
+        write_json(target, stored)
+        if "curves" in stored:
+            plotting.save_figure(plotting.scaling(stored["curves"]), target.with_suffix(".png"))
+        say(f"published: {target}")
+    text = report.replace_block(readme.read_text("utf-8"), "speed", readme_part())
+    write_atomically(readme, text.encode())
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if args.publish:
+        publish(args.publish)
+        return
     device = pick_device(args.device)
     precision = pick_precision("auto", device).name
+    fill_in(args, device)
     machine = describe_machine(args, device)
-    print(", ".join(f"{name} {value}" for name, value in {"device": machine["device"], **machine["versions"]}.items()))
-    if args.profile:
-        print_profile(args, device, precision)
-        return
+    say(", ".join(f"{name} {value}" for name, value in {"device": machine["device"], **machine["versions"]}.items()))
+    path = args.out / f"{'scaling' if args.scaling else 'speed'}-{device.type}.json"
+    result = {"machine": machine, **(measure_scaling if args.scaling else compare)(args, device, precision)}
+    write_json(path, result)
     if args.scaling:
-        result = measure_scaling(args, device, precision)
+        say(scaling_table(result))
+        plotting.save_figure(plotting.scaling(result["curves"]), path.with_suffix(".png"))
     else:
-        result = compare(args, device, precision)
-        print(format_table(result))
-    out = args.out or PROJECT_ROOT / f"benchmarks/results/{'scaling' if args.scaling else 'speed'}-{device.type}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
-    print(f"written: {out}")
-    if args.scaling:
-        plot_scaling(result, out.with_suffix(".png"))
-    elif args.publish:
-        readme = PROJECT_ROOT / "README.md"
-        readme.write_text(replace_block(readme.read_text(), "speed", markdown_table(json.loads(out.read_text()))))
+        say(markdown_table(result))
+    say(f"written: {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_door("benchmarks.speed", lambda: run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

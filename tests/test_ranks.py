@@ -25,10 +25,30 @@ from utils.runtime import Precision
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
 WORLD = 2
-ARGV = (
-    "--profile quick --train-images 42 --test-images 20 --batch-size 10 --epochs 4 --peak-epoch 1 --lr-min 1e-3 "
-    "--lr-max 1e-2 --precision fp32 --device cpu --threads 1"
-).split()
+ARGV = [
+    "--profile",
+    "quick",
+    "--train-images",
+    "42",
+    "--test-images",
+    "20",
+    "--batch-size",
+    "10",
+    "--epochs",
+    "4",
+    "--peak-epoch",
+    "1",
+    "--lr-min",
+    "1e-3",
+    "--lr-max",
+    "1e-2",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture

@@ -7,18 +7,21 @@ import re
 import numpy as np
 import pytest
 import torch
-from utils.checkpoint import load_weights
 
 from benchmarks import speed
 from models import CustomResNet
 from utils import config as configs
-from utils import plotting, report
 from utils.analysis import Predictions
 from utils.dataset import CIFAR10_CLASSES
 from utils.engine import History
+from utils.runs import report
+from utils.runs.report import ResultsError
+from utils.runs.weights import WEIGHTS_NAME, load_model, save_weights
+from utils.runtime import PROJECT_ROOT as ROOT
+from utils.runtime import ConfigError
 
-ROOT = Path(report.__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PUBLISHED_WEIGHTS = report.RESULTS / WEIGHTS_NAME
 
 
 @pytest.fixture
@@ -93,7 +96,8 @@ def test_readme_parts_are_replaced_and_nothing_else(metrics):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(8.24, "8.2 s"), (59.97, "1 min 0 s"), (119.6, "2 min 0 s"), (725, "12 min 5 s"), (4980, "1 h 23 min")]
+    ("seconds", "words"),
+    [(8.24, "8.2 s"), (59.97, "1 min 0 s"), (119.6, "2 min 0 s"), (725, "12 min 5 s"), (4980, "1 h 23 min")],
 )
 def test_durations_read_well(seconds, words):
     assert report.duration(seconds) == words
@@ -155,7 +159,7 @@ def test_publishing_replaces_results_as_one_set_of_one_run(project, metrics):
 def test_what_is_unfinished_or_different_is_not_published(project, metrics):
     run = finished_run(project / "run", metrics)
     other = finished_run(project / "other", metrics, seed=1, dropout=0.1)
-    with pytest.raises(ResultsError, match="differs from .* in dropout: only equal runs make a mean"):
+    with pytest.raises(ResultsError, match=r"differs from .* in dropout: only equal runs make a mean"):
         report.publish(run, [other])
     with pytest.raises(ResultsError, match=r"no .*metrics\.json: a run writes it when it is finished"):
         report.publish(project)

@@ -262,11 +262,11 @@ def explain_failures(batch_size: int):
                 f"out of memory with batch_size {batch_size}: start anew with a smaller one, such as "
                 f"{max(1, batch_size // 2)}, or close what else uses this memory and resume"
             ) from error
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if any(phrase in text for phrase in _DEAD_RANK):
-                raise RankError(
-                    "another process of this run ended, so that this one stops too: start all of them again with --resume"
-                ) from error
+        has_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if has_ranks and any(phrase in text for phrase in _DEAD_RANK):
+            raise RankError(
+                "another process of this run ended, so that this one stops too: start all of them again with --resume"
+            ) from error
         # A tensor on its way from a process that dies ends as a broken connection.
         if _DEAD_WORKER in text or (isinstance(error, (ConnectionError, EOFError)) and not _is_output(error)):
             raise LoaderError(

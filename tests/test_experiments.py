@@ -184,7 +184,9 @@ def test_a_run_of_other_settings_in_its_folder_is_named(campaign, trained):
     run = Run(STAGES["ablations"], NO_CUTOUT, 100)
     campaign.make(run)
     other = Run(run.stage, dataclasses.replace(NO_CUTOUT, changes={"cutout": 4}), 100)
-    with pytest.raises(Session10Error, match="no-cutout-seed100 holds a run of other settings.*cutout 0 there, 4 here"):
+    with pytest.raises(
+        Session10Error, match=r"no-cutout-seed100 holds a run of other settings.*cutout 0 there, 4 here"
+    ):
         campaign.record(other)
 
 

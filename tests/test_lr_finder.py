@@ -329,5 +329,5 @@ def test_the_cycles_ends_may_be_multiples_of_what_the_rule_reads(toy, factors):
     found = find_range(model, loader, quick(**settings, lr_min_factor=low, lr_max_factor=high), FP32)
     assert found.lr_min == low * found.suggestions["steepest"]
     assert found.lr_max == high * found.suggestions["minimum"]
-    with pytest.raises(LRRangeError, match="lr_min_factor 1000000.0 .* choose factors that leave LRMIN below LRMAX"):
+    with pytest.raises(LRRangeError, match=r"lr_min_factor 1000000.0 .* choose factors that leave LRMIN below LRMAX"):
         find_range(model, loader, quick(**settings, lr_min_factor=1e6), FP32)

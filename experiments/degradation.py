@@ -12,10 +12,9 @@ import itertools
 import json
 from pathlib import Path
 
-from utils.checkpoint import write_atomically
-
 from utils import lesson, runtime
 from utils.dataset import ImageDataset, load_dataset
+from utils.runtime import write_atomically
 
 SETTINGS = {"train_images": 3000, "epochs": 10, "depths": [8, 20, 44], "lrs": [1e-3, 3e-3], "seeds": [0, 1, 2]}
 

@@ -262,7 +262,8 @@ def test_after_epoch_sees_the_state_with_that_epoch_in_its_history(toy):
     assert seen == [(state, epoch) for epoch in (1, 2, 3, 4)]
 
 
-def test_the_average_of_the_weights_is_the_one_defined(toy):
+def test_the_average_of_the_weights_is_the_one_defined(toy, monkeypatch):
+    monkeypatch.setattr(engine, "SHORT_RUN", 0)
     config = tiny_config(ema_decay=0.8, ema_every=2)
     loaders = make_loaders(toy, config, CPU)
     model = tiny_model()
@@ -312,7 +313,18 @@ def test_the_average_forgets_the_untrained_weights_soon_and_then_keeps_its_decay
         assert each.module.weight.item() == pytest.approx(0.81)
 
 
-def test_further_averages_ride_along_and_change_nothing(toy):
+@pytest.mark.parametrize("batch_size", [16, 30])
+def test_a_run_of_few_steps_is_not_tested_on_its_untrained_weights(toy, batch_size):
+    # 4 steps an epoch, or 2: fewer than ema_every, which would never reach its first update.
+    config = tiny_config(batch_size=batch_size, epochs=8, ema_decay=0.9, ema_every=5)
+    history = train(toy, config).history
+    assert history.train_accuracy[-1] > 50
+    assert history.test_accuracy[-1] > history.train_accuracy[-1] - 25
+    assert history.test_loss[-1] < 2.0
+
+
+def test_further_averages_ride_along_and_change_nothing(toy, monkeypatch):
+    monkeypatch.setattr(engine, "SHORT_RUN", 0)
     alone, accompanied = train(toy), train(toy, tiny_config(ema_also=(0.9, 0.0)))
     assert_same_weights(alone.tested_model, accompanied.tested_model)
     assert_same_weights(accompanied.averages[2].module, accompanied.model)  # a decay of 0 has no memory

@@ -26,6 +26,8 @@ from utils.runtime import Precision, Session10Error, keep_freed_memory
 from utils.schedule import scheduler_for
 
 BAR_SECONDS = 1.0  # how often the progress bar reads the metrics; each reading waits for the device
+SHORT_RUN = 200  # steps: below, averages that span the recipe's number of steps would still hold the untrained network
+MEMORY_SHARE = 20  # in a short run, no average looks back further than this part of it
 
 
 def train_epoch(state: TrainState, loader: Iterable, description: str | None = None) -> Metrics:
@@ -197,6 +199,8 @@ class TrainState:
 def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_per_epoch: int, precision: Precision):
     """A fresh ``TrainState``: ``model`` moved to the device, with Adam, the LR's cycle and the weight average around it.
 
+    In a run of few steps the averages, of weights and of batch norm's statistics, are shortened to fit it.
+
     Raises:
         ConfigError: LRs or lengths that make no cycle.
     """
@@ -205,8 +209,12 @@ def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_
     model = model.to(precision.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config, lr_max)
     scheduler = scheduler_for(config, optimizer, lr_min, lr_max, steps_per_epoch)
-    decays = (config.ema_decay, *config.ema_also) if config.ema_decay else ()
-    averages = [WeightAverage(model, decay, config.ema_every) for decay in decays]
+    decays, every = (config.ema_decay, *config.ema_also) if config.ema_decay else (), config.ema_every
+    if config.epochs * steps_per_epoch < SHORT_RUN:
+        memory = max(1.0, config.epochs * steps_per_epoch / MEMORY_SHARE)  # steps
+        variants.set_norm_momentum(model, max(config.norm_momentum, 1 / memory))
+        decays, every = [min(decay, 1 - 1 / memory) for decay in decays], 1
+    averages = [WeightAverage(model, decay, every) for decay in decays]
     if config.compile != "off":
         model.compile(mode=config.compile, dynamic=False)  # dynamic=False: the last batch, if smaller, has its own code
     criterion, scaler = make_criterion(config), precision.grad_scaler()

@@ -11,11 +11,8 @@ sum of the same products, apart from products with zeros; modules, parameters an
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from utils.runtime import cpu_has_bf16
 
 SIDE_BY_SIDE = 8  # images in a row: 40 pixels of 4x4 maps, 72 of 8x8
 LARGEST_SIDE = 8  # rows of 16 pixels fill a tile by themselves
@@ -72,8 +69,3 @@ def unpack(model: nn.Module) -> nn.Module:
 def _is_packable(convolution: nn.Conv2d) -> bool:
     wanted = {"kernel_size": (3, 3), "padding": (1, 1), "stride": (1, 1), "dilation": (1, 1), "padding_mode": "zeros"}
     return all(getattr(convolution, name) == value for name, value in wanted.items())
-
-
-def packing_pays(precision_name: str, device: torch.device) -> bool:
-    """True for bf16 on a CPU that multiplies bf16 matrices; elsewhere packing costs two copies for nothing."""
-    return precision_name == "bf16" and device.type == "cpu" and cpu_has_bf16()

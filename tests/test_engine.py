@@ -381,6 +381,15 @@ def test_without_a_compiler_the_error_says_how_to_do_without(toy, inductor, monk
         train(toy, tiny_config(compile="default"))
 
 
+def test_a_gpu_that_triton_does_not_know_is_told_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(CompileError, match=r"compile is 'default', but Tesla T4 .*7\.5.*: use --compile off"):
+        runtime.check_compile("default", torch.device("cuda"))
+    runtime.check_compile("off", torch.device("cuda"))
+    runtime.check_compile("default", CPU)
+
+
 # --- a loss that is not finite --------------------------------------------------------------------------------------
 
 

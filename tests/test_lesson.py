@@ -26,7 +26,7 @@ def test_shown_code_is_the_modules_code_without_docstrings():
     shown = lesson.show(CustomLayer, engine.RunningMetrics.update).data
     assert shown.startswith("```python\nclass CustomLayer(nn.Module):\n    def __init__(")
     assert "            x = x + self.block(x)\n" in shown
-    assert "\ndef update(self, logits: Tensor, labels: Tensor) -> None:\n    logits = " in shown  # not indented
+    assert "\ndef update(self, logits: Tensor, labels: Tensor) -> None:\n    self.logits" in shown  # not indented
     assert '"""' not in shown
     compile(shown.removeprefix("```python\n").removesuffix("```"), "shown", "exec")
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import models.packed
 from models import CustomResNet
-from models.packed import PackedConv2d, pack_small_maps, packing_pays, unpack
+from models.packed import PackedConv2d, pack_small_maps, unpack
+from utils.runtime import Precision, packing_pays
 
 
 def pair(inputs: int, outputs: int) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -107,9 +107,15 @@ def test_only_what_it_fits_is_packed():
     assert not any(isinstance(module, PackedConv2d) for module in pack_small_maps(others).modules())
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_packing_pays_for_bf16_on_a_cpu_that_has_it(has_bf16, monkeypatch):
-    monkeypatch.setattr(models.packed, "cpu_has_bf16", lambda: has_bf16)
-    assert packing_pays("bf16", torch.device("cpu")) is has_bf16
-    assert not packing_pays("fp32", torch.device("cpu"))
-    assert not packing_pays("bf16", torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("flag", "name", "device", "pays"),
+    [
+        ("amx_bf16", "bf16", "cpu", True),
+        ("avx512_bf16", "bf16", "cpu", False),
+        ("amx_bf16", "fp32", "cpu", False),
+        ("amx_bf16", "bf16", "cuda", False),
+    ],
+)
+def test_packing_is_on_only_where_it_pays(flag, name, device, pays, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True}, raising=False)
+    assert packing_pays(Precision(name, torch.device(device))) is pays

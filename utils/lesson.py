@@ -353,7 +353,7 @@ def average_and_latest(
         torch.manual_seed(seed)
         net = DepthNet(8, skip=True, num_classes=len(dataset.classes))
         average = WeightAverage(net, decay)
-        for _ in small_epochs(net, train, labels, epochs, lr=lr, after_step=average.update_parameters):
+        for _ in small_epochs(net, train, labels, epochs, lr=lr, after_step=lambda net: average.update(net, 0)):
             for curve, tested in zip(curves.values(), (net, average.module)):
                 with torch.no_grad():
                     answers = tested.eval()(test).argmax(1)

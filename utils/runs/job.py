@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from models.packed import pack_small_maps, packing_pays
+from models.packed import pack_small_maps
 from utils import engine, lr_finder, plotting, runtime
 from utils.analysis import Predictions
 from utils.config import Config
@@ -143,6 +143,7 @@ class Job:
     @_explained
     def _prepare(self) -> None:
         config, dataset = self.config, self.dataset
+        runtime.check_compile(config.compile, self.device)
         runtime.seed_everything(config.seed, config.deterministic)
         loaders = functools.partial(make_loaders, dataset, config, self.device, self.precision.dtype)
         self.train_loader, self.test_loader = loaders(rank=self.ranks.rank, world=self.ranks.world)
@@ -156,7 +157,7 @@ class Job:
         if config.init == "patches":
             patches = normalize(torch.from_numpy(dataset.train_images[:PATCH_IMAGES]))
         model = engine.build_model(config, len(dataset.classes), patches)
-        if config.packed == "on" or (config.packed == "auto" and packing_pays(self.precision.name, self.device)):
+        if config.packed == "on" or (config.packed == "auto" and runtime.packing_pays(self.precision)):
             pack_small_maps(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)

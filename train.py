@@ -140,11 +140,11 @@ def make_config(args: argparse.Namespace) -> configs.Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
     job: Job | None = None
 
     def train() -> None:
         nonlocal job
+        args = make_parser().parse_args(argv)
         config = make_config(args)
         ranks, device_name = join_ranks(args.device)
         device = runtime.pick_device(device_name)

@@ -57,8 +57,7 @@ fuzz: $(READY)
 	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10)
 
 bench: $(READY)
-	@mkdir -p runs/bench
-	@$(BIN)/python -m benchmarks.speed --out runs/bench/speed.json
+	@$(BIN)/python -m benchmarks.speed
 
 # Tried, not only looked up: pyenv has a command for every version it knows, also for one that is switched off.
 first_that_runs = $(shell for python in $(1) $(PYTHON); do $$python -c '' 2>/dev/null && echo $$python && break; done)

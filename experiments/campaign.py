@@ -272,5 +272,4 @@ def _write_json(path: Path, content) -> None:
 
 
 def _differences(record: dict, config: Config) -> list[str]:
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in record["config"].items()}
-    return differences(saved, config)
+    return differences(record["config"], config)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import models.packed
 from models import CustomResNet
 from models.packed import PackedConv2d, pack_small_maps, unpack
 from utils.runtime import Precision, packing_pays

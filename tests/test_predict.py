@@ -17,7 +17,7 @@ from utils.runs import report
 from utils.runs.weights import WEIGHTS_NAME, save_weights
 from utils.runtime import PROJECT_ROOT
 
-CLASSES = ["kite", "swing", "slide"]
+CLASSES = ["kite", "slide", "swing"]
 WIDTH = 8  # a small network: what it answers does not matter here
 
 
@@ -68,7 +68,7 @@ def test_the_answers_are_in_the_words_of_the_weights_file(run, picture):
     answer, reminder = out
     assert answer.startswith(f"{picture}: ")
     assert sorted(part.split()[0] for part in answer.split(": ")[1].split(", ")) == sorted(CLASSES)
-    assert reminder.startswith("It knows 3 classes (kite, swing, slide), and names one of them")
+    assert reminder.startswith("It knows 3 classes (kite, slide, swing), and names one of them")
     assert run(picture, "--top", "1")[1][0].count("%") == 1
 
 
@@ -156,7 +156,7 @@ def test_the_weights_are_tested_on_their_runs_data_beside_its_metrics(run, weigh
         (folder / split / "kite").rename(folder / split / "ball")
     code, _, err = run("--test", "--data-dir", folder)
     assert code == 1
-    assert "knows 3 classes (kite, swing, slide), but own images in 3 classes" in err[0]
+    assert "knows 3 classes (kite, slide, swing), but own images in 3 classes" in err[0]
     assert "--data-dir" in err[0]
 
 

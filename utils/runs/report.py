@@ -167,6 +167,7 @@ def build_metrics(
         **{
             name: record[name]
             for name in (
+                "lr_range",
                 "range_test_seconds",
                 "device",
                 "precision",

@@ -208,7 +208,7 @@ def test_a_few_steps_on_one_batch_lower_its_loss(toy):
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     images, labels = normalize(torch.from_numpy(toy.train_images[:10])), torch.from_numpy(toy.train_labels[:10])
     losses = []
-    for _ in range(4):
+    for _ in range(8):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         loss.backward()

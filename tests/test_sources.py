@@ -731,7 +731,7 @@ def closed_port():
 
 
 def impatient(official):
-    return archive.Fetcher(least_rate=50_000, window_seconds=0.4, most_bytes=len(official))
+    return archive.Fetcher(least_rate=50_000, window_seconds=2.0, most_bytes=len(official))
 
 
 def publish(monkeypatch, *urls):

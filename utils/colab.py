@@ -21,6 +21,7 @@ DRIVE = Path("/content/drive")
 # Where a package's import name is not its name with "-" as "_".
 IMPORT_NAMES = {
     "grad-cam": "pytorch_grad_cam",
+    "ipython": "IPython",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
     "scikit-learn": "sklearn",

@@ -67,7 +67,7 @@ import torch
 from utils import config
 torch.set_num_threads(1)
 quick = config.quick
-small = dict(train_images=400, test_images=100, batch_size=20, epochs=3, peak_epoch=1, range_test_start=1e-5)
+small = dict(train_images=1000, test_images=100, batch_size=50, epochs=3, peak_epoch=1, range_test_start=1e-5)
 config.quick = lambda **changes: quick(**{**small, "range_test_steps": 60, "width": 16, **changes})
 """
 

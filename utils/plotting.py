@@ -553,20 +553,24 @@ def scaling(curves: dict[str, Sequence[dict[str, float]]]) -> Figure:
 
 @styled
 def gradient_norms(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """The size of the gradient at the input of every block, on a log axis, one panel a setting.
+    """The size of the gradient at the input of every block, on a log axis, one panel a setting, two panels a row.
 
     Args:
         panels: by panel title, by curve name, (blocks + 1,) norms; a curve whose name holds "skip" is drawn in blue.
     """
-    figure, axes = new_figure(3.5, 1, len(panels), squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels.items()):
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = new_figure(3.2 * rows, rows, columns, squeeze=False)
+    for axis, (title, curves) in zip(axes.flat, panels.items()):
         for name, norms in curves.items():
             axis.plot(norms, color=BLUE if "skip" in name else ORANGE, marker="o", ms=3, label=name)
         _log_axis(axis.yaxis, ".0e", subs=(1,))
         axis.set_title(title)
-        axis.set_xlabel("block (0: the network's input)")
         axis.legend()
-    axes[0, 0].set_ylabel("norm of the gradient")
+    for axis in axes[-1]:
+        axis.set_xlabel("block (0: the network's input)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("norm of the gradient")
     return figure
 
 

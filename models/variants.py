@@ -50,24 +50,35 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or len(x) <= self.group:
             return super().forward(x)
-        # ceil(N / group) groups whose sizes differ by one image at most, so that none is too small for statistics.
-        groups = -(-len(x) // self.group)
-        size, larger = divmod(len(x), groups)
-        split = larger * (size + 1)
-        parts = [(x[:split], larger), (x[split:], groups - larger)]
-        outputs, means, variances = zip(*(self._normalize(part, count) for part, count in parts if count))
+        groups = -(
+            -len(x) // self.group
+        )  # their sizes differ by one image at most, so none is too small for statistics
+        normalize = self._group_by_group if x.device.type == "cpu" else self._all_at_once
+        out, means, variances = normalize(x, groups)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(torch.cat(means).mean(0), self.momentum)
-            self.running_var.lerp_(torch.cat(variances).mean(0), self.momentum)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            self.running_mean.lerp_(means.mean(0), self.momentum)
+            self.running_var.lerp_(variances.mean(0), self.momentum)
+        return out
 
-    def _normalize(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One call of torch's batch norm, in which each group of images has channels of its own.
+    def _group_by_group(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As fast as plain batch norm on a CPU: no copies, each group is read and written where it lies.
 
         Returns:
             The (N, C, H, W) output, and each group's (groups, C) means and unbiased variances.
         """
+        return _NormalizeGroups.apply(x, self.weight, self.bias, groups, self.eps)
+
+    def _all_at_once(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in few launches, for a GPU."""
+        size, larger = divmod(len(x), groups)
+        split = larger * (size + 1)
+        parts = [(x[:split], larger), (x[split:], groups - larger)]
+        outputs, means, variances = zip(*(self._as_channels(part, count) for part, count in parts if count))
+        return torch.cat(outputs), torch.cat(means), torch.cat(variances)
+
+    def _as_channels(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One call of torch's batch norm, in which each group, all of one size, has channels of its own."""
         mean, variance = x.new_zeros((2, groups * x.shape[1]), dtype=self.running_mean.dtype)
         pixels = x.permute(0, 2, 3, 1).unflatten(0, (groups, -1))  # (groups, N / groups, H, W, C)
         channels = pixels.permute(1, 2, 3, 0, 4).flatten(3)  # (N / groups, H, W, groups * C)
@@ -83,6 +94,41 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         )
         pixels = channels.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4)
         return pixels.flatten(0, 1).permute(0, 3, 1, 2), mean.view(groups, -1), variance.view(groups, -1)
+
+
+class _NormalizeGroups(torch.autograd.Function):
+    """Batch norm over each of ``groups`` parts of a batch by itself, with torch's own kernels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        out = torch.empty_like(x)
+        of_groups = (groups, x.shape[1])
+        mean, variance, saved_mean, saved_invstd = weight.new_zeros((4, *of_groups))
+        for part, part_out, *rows in zip(
+            x.tensor_split(groups), out.tensor_split(groups), mean, variance, saved_mean, saved_invstd
+        ):
+            torch.ops.aten.native_batch_norm.out(
+                *(part, weight, bias, rows[0], rows[1], True, 1.0, eps),  # momentum 1: `mean` becomes this group's
+                **dict(out=part_out, save_mean=rows[2], save_invstd=rows[3]),
+            )
+        ctx.save_for_backward(x, weight, saved_mean, saved_invstd)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        x, weight, saved_mean, saved_invstd = ctx.saved_tensors
+        groups = len(saved_mean)
+        to_x, (to_weight, to_bias) = torch.empty_like(x), weight.new_zeros((2, *saved_mean.shape))
+        for part, above, part_out, *rows in zip(
+            *(each.tensor_split(groups) for each in (x, gradient, to_x)), saved_mean, saved_invstd, to_weight, to_bias
+        ):
+            torch.ops.aten.native_batch_norm_backward.out(
+                *(above, part, weight, None, None, rows[0], rows[1], True, ctx.eps, [True, True, True]),
+                **dict(out0=part_out, out1=rows[2], out2=rows[3]),
+            )
+        return to_x, to_weight.sum(0), to_bias.sum(0), None, None
 
 
 def ghost_batch_norm(model: nn.Module, group: int) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from models import CustomResNet
 from models.variants import (
+    GhostBatchNorm2d,
     ghost_batch_norm,
     init_patches,
     pad_by_replication,
@@ -62,7 +63,9 @@ def test_norm_momentum_reaches_every_batch_norm(model):
     [(12, 4, [4, 4, 4]), (11, 4, [4, 4, 3]), (9, 4, [3, 3, 3]), (3, 4, [3]), (13, 8, [7, 6])],
 )
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_groups_are_normalized_apart_and_remembered_together(count, group, sizes, memory_format):
+@pytest.mark.parametrize("way", ["_group_by_group", "_all_at_once"])
+def test_groups_are_normalized_apart_and_remembered_together(monkeypatch, count, group, sizes, memory_format, way):
+    monkeypatch.setattr(GhostBatchNorm2d, "_group_by_group", getattr(GhostBatchNorm2d, way))  # this machine has no GPU
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(5, momentum=0.3)
     nn.init.uniform_(plain.weight)
@@ -77,8 +80,12 @@ def test_groups_are_normalized_apart_and_remembered_together(count, group, sizes
     found = ghost(x)
     torch.testing.assert_close(found, expected)
     outer = torch.randn_like(found)
-    for ours, theirs in zip(torch.autograd.grad(found, x, outer), torch.autograd.grad(expected, x, outer)):
-        torch.testing.assert_close(ours, theirs)
+    ours = torch.autograd.grad(found, (x, ghost.weight, ghost.bias), outer)
+    of_x, *of_groups = torch.autograd.grad(
+        expected, [x, *(norm.weight for norm in alone), *(n.bias for n in alone)], outer
+    )
+    theirs = of_x, torch.stack(of_groups[: len(sizes)]).sum(0), torch.stack(of_groups[len(sizes) :]).sum(0)
+    torch.testing.assert_close(ours, theirs)
 
     # One update: of plain statistics updated by each group alone, the mean.
     torch.testing.assert_close(ghost.running_mean, torch.stack([norm.running_mean for norm in alone]).mean(0))

@@ -310,4 +310,5 @@ def _signed(effect: Effect | None, decimals: int = 2) -> str:
     """``"+0.12 ± 0.05"``, without the error where there is none, or nothing."""
     if effect is None:
         return ""
-    return f"{effect.value:+.{decimals}f}" + ("" if effect.error is None else f" ± {effect.error:.{decimals}f}")
+    value = round(effect.value, decimals) + 0.0  # no "-0.00"
+    return f"{value:+.{decimals}f}" + ("" if effect.error is None else f" ± {effect.error:.{decimals}f}")

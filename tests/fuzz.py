@@ -5,8 +5,8 @@
 Pictures, checkpoints, weights files and metrics with bytes changed, cut off, inserted or repeated: each must either give
 what was in the whole file or be refused with an error that is meant to be read. (Pictures and metrics have no checksum of
 ours: there, what can still be read may differ, and only its form is checked.) Runs are ended by SIGKILL, SIGTERM and
-Ctrl-C at random moments, up to three times, and must then end bit for bit like one that was left alone. Prints how many
-trials there were; every wrong one is shown, and the exit code is then 1.
+Ctrl-C at random moments, up to three times, those with loader processes together with them, and must then end bit for bit
+like one that was left alone. Prints how many trials there were; every wrong one is shown, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -41,6 +42,7 @@ from utils.runs.weights import load_model, save_weights
 from utils.runtime import Session10Error
 
 CLASSES = ("a", "b", "c")
+RUNS = {"runs": (), "runs with loaders": ("--pipeline", "albumentations", "--num-workers", "2")}  # and further flags
 ENDS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}  # the exit code that each signal leads to
 
 
@@ -142,8 +144,8 @@ def try_file(path: Path, whole: bytes, read: Callable, draw: random.Random) -> s
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def try_run(folder: Path, dataset, expected: dict, seconds: float, draw: random.Random) -> str:
-    """A run that is interrupted up to three times.
+def try_run(folder: Path, flags: tuple[str, ...], dataset, expected: dict, seconds: float, draw: random.Random) -> str:
+    """A run that is interrupted up to three times, with ``flags`` for loader processes together with these.
 
     Raises:
         WrongError: it cannot go on, says something unreadable, or ends elsewhere than one that was left alone.
@@ -153,14 +155,14 @@ def try_run(folder: Path, dataset, expected: dict, seconds: float, draw: random.
     signals = draw.choices(list(ENDS), k=draw.randint(1, 3))
     for number in signals:
         log.write_bytes(b"")
-        process = child(arguments(run_dir, "--resume"), dataset, log=log)
+        process = child(arguments(run_dir, *flags, "--resume"), dataset, log=log)
         while (
             process.is_alive and not log.stat().st_size
         ):  # until its first line a signal ends it as it ends any process
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 1.2 * seconds))
         with contextlib.suppress(ProcessLookupError):  # it was over before
-            process.send(number)
+            (os.killpg if flags else os.kill)(process.pid, number)
         code, said = process.wait(), log.read_text(encoding="utf-8")
         is_over = code == -number and "done: " in said  # on its way out, with everything written
         if code not in (0, ENDS[number]) and not is_over:
@@ -168,7 +170,7 @@ def try_run(folder: Path, dataset, expected: dict, seconds: float, draw: random.
         if "Traceback" in said and "done: " not in said:
             raise WrongError(f"a traceback after {number!r}:\n{said[-2000:]}")
     log.write_bytes(b"")
-    if child(arguments(run_dir, "--resume"), dataset, log=log).wait() != 0:
+    if child(arguments(run_dir, *flags, "--resume"), dataset, log=log).wait() != 0:
         raise WrongError(f"cannot go on after {signals}:\n{log.read_text(encoding='utf-8')[-2000:]}")
     if not identical(outcome(run_dir), expected):
         raise WrongError(f"other bits after {signals}")
@@ -178,7 +180,7 @@ def try_run(folder: Path, dataset, expected: dict, seconds: float, draw: random.
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
-def fuzz(seconds: float, seed: int = 0, kinds: tuple[str, ...] = (*FILES, "runs"), say: Callable = print) -> int:
+def fuzz(seconds: float, seed: int = 0, kinds: tuple[str, ...] = (*FILES, *RUNS), say: Callable = print) -> int:
     """Try everything in ``kinds`` in turn for so long; returns how many trials went wrong."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
@@ -189,14 +191,14 @@ def fuzz(seconds: float, seed: int = 0, kinds: tuple[str, ...] = (*FILES, "runs"
         for kind in kinds:
             folder = Path(scratch) / kind
             folder.mkdir()
-            if kind == "runs":
+            if kind in RUNS:
                 dataset = load_dataset(source="digits").subset(40, 20)
                 for _ in range(2):  # the first one also imports
                     shutil.rmtree(folder / "whole", ignore_errors=True)
                     began = time.monotonic()
-                    child(arguments(folder / "whole"), dataset).wait()
+                    child(arguments(folder / "whole", *RUNS[kind]), dataset).wait()
                 took = time.monotonic() - began
-                trials[kind] = partial(try_run, folder, dataset, outcome(folder / "whole"), took)
+                trials[kind] = partial(try_run, folder, RUNS[kind], dataset, outcome(folder / "whole"), took)
             else:
                 path, read = FILES[kind](folder)
                 trials[kind] = partial(try_file, path, path.read_bytes(), read)
@@ -222,9 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="the same seed tries the same things, as far as time allows"
     )
-    parser.add_argument("--only", choices=(*FILES, "runs"), action="append", help="instead of everything")
+    parser.add_argument("--only", choices=(*FILES, *RUNS), action="append", help="instead of everything")
     args = parser.parse_args(argv)
-    wrong = fuzz(60 * args.minutes, args.seed, tuple(args.only or (*FILES, "runs")))
+    wrong = fuzz(60 * args.minutes, args.seed, tuple(args.only or (*FILES, *RUNS)))
     print("nothing went wrong" if not wrong else f"{wrong} trials went wrong")
     return 1 if wrong else 0
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import train
 from tests.small_runs import (
     EPOCHS,
+    KILLED,
     STEPS,
     TinyNet,
     after_save,
@@ -29,11 +30,12 @@ from tests.small_runs import (
     outcome,
     shrink,
 )
+from utils import loaders
 from utils.runs import figures, report
 from utils.runs.checkpoint import decode
 from utils.runs.folder import NEWEST, PREVIOUS, RunFolder
 from utils.runs.weights import WEIGHTS_NAME
-from utils.runtime import CompileError, LoaderError, OutOfMemoryError, explain_failures
+from utils.runtime import PROJECT_ROOT, CompileError, LoaderError, OutOfMemoryError, explain_failures
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are made with POSIX means")
 LOADER = ("--pipeline", "albumentations", "--num-workers", "1")
@@ -338,6 +340,59 @@ def test_an_interrupt_ends_the_run_at_once_with_the_last_epoch_kept(tmp_path, to
     if not group:
         assert child(arguments(run_dir, "--resume"), toy).wait() == 0
         assert identical(outcome(run_dir), expected)
+
+
+DROPPED = """
+class Left:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+left = Left()
+del left
+time.sleep(20)
+"""
+IN_A_NEW_LOADER = """
+if os.fork() == 0:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+_, status = os.wait()
+assert os.waitstatus_to_exitcode(status) == 143
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "words"),
+    [(DROPPED, 130, "work: interrupted; all that was there\n"), (IN_A_NEW_LOADER, 0, "")],
+    ids=["Python dropped it", "a loader process had just begun"],
+)
+def test_an_interrupt_is_answered_once_by_the_run_itself(work, code, words):
+    program = (
+        "import os, signal, sys, time\nfrom utils.runs.door import run_door\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.exit(run_door('work', lambda: exec({work!r}), lambda: 'all that was there'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=PROJECT_ROOT)
+    assert (done.returncode, done.stderr) == (code, words)
+
+
+def test_a_loader_process_ends_with_a_run_that_died_while_starting_it(tmp_path, toy):
+    log = tmp_path / "log"
+    process = child(arguments(tmp_path / "run", *LOADER), toy, _die_once_a_loader_waits, log)
+    assert process.wait() == KILLED  # returns only when nobody holds the process's pipes any more
+
+
+def _die_once_a_loader_waits():
+    """The loader process begins its work only after its parent is gone."""
+    prepare = loaders._prepare_worker
+
+    def late(worker_id):
+        parent = os.getppid()
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        prepare(worker_id)
+
+    loaders._prepare_worker = late
 
 
 def test_an_interrupt_in_the_first_epoch_says_that_the_range_test_is_kept(tmp_path, run, monkeypatch):

@@ -47,8 +47,15 @@ def digest(folder: Path) -> str:
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """A copy of the project as it stands, without data, runs and environment."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "data", "runs", "__pycache__", ".*_cache", ".hypothesis")
-    return Path(shutil.copytree(ROOT, tmp_path / "project", ignore=ignored))
+    left_out = {".git", ".venv", "data", "runs", ".pytest_cache", ".ruff_cache", ".hypothesis"}  # of the root alone
+    names = shutil.ignore_patterns("__pycache__", ".venv-*")
+    return Path(
+        shutil.copytree(
+            ROOT,
+            tmp_path / "project",
+            ignore=lambda folder, found: names(folder, found) | (left_out if Path(folder) == ROOT else set()),
+        )
+    )
 
 
 @pytest.fixture

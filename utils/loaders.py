@@ -8,7 +8,11 @@ the device; both have ``epoch`` and ``len``.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import signal
+import sys
+import threading
 
 import numpy as np
 import torch
@@ -149,10 +153,27 @@ class AlbumentationsDataset(Dataset):
         return self.transform(image=self.images[index])["image"], int(self.labels[index])
 
 
-def _seed_worker(worker_id: int) -> None:
-    """Give each loader process its own Albumentations stream: as copies of one pipeline, all would draw alike."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone answers it
+def _prepare_worker(worker_id: int) -> None:
+    """Give each loader process its own Albumentations stream: as copies of one pipeline, all would draw alike.
+
+    Ctrl-C reaches every process, but the parent alone answers it: a loader process ends quietly when the parent does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print_exception = sys.excepthook
+
+    def unless_parent_is_gone(kind, error, traceback):
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            print_exception(kind, error, traceback)
+
+    sys.excepthook = unless_parent_is_gone
+    # torch's own watchdog never notices a parent that was gone before it began to watch.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     get_worker_info().dataset.transform.set_random_seed(torch.initial_seed() % 2**32)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class AlbumentationsLoader(DataLoader):
@@ -195,7 +216,7 @@ class AlbumentationsLoader(DataLoader):
             batch_size,
             shuffle=shuffle,
             num_workers=num_workers,
-            worker_init_fn=_seed_worker,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),
             pin_memory=self.device.type == "cuda",
             **options,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TextIO
@@ -15,6 +16,7 @@ from utils.runtime import ConfigError, Session10Error
 EXIT_FAILED = 1  # the work could not be finished; the message says why and what is kept
 EXIT_USAGE = 2  # a wrong setting, as argparse has it
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
+AGAIN_SECONDS = 0.02  # until an interrupt that Python dropped is raised once more
 
 
 def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] = lambda: "") -> int:
@@ -26,20 +28,20 @@ def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] =
         kept: what is kept when it ends early, in words, for the line's end.
     """
     prepare_streams()
-    with warnings.catch_warnings(), sigterm_like_ctrl_c():
+    with warnings.catch_warnings(), interrupts_from_outside() as asked:
         warnings.showwarning = lambda message, *_: complain(f"{program}: warning: {message}")
         try:
             body()
-        except KeyboardInterrupt as interrupt:
-            number = interrupt.args[0] if interrupt.args else signal.SIGINT
-            complain(f"{program}: " + "; ".join(filter(None, ("interrupted", kept()))))
-            return EXIT_SIGNAL + number
         except ConfigError as error:
             complain(f"{program}: {error}")
             return EXIT_USAGE
-        except (Session10Error, OSError) as error:
-            complain(f"{program}: " + "; ".join(filter(None, (str(error), kept()))))
-            return EXIT_FAILED
+        except (KeyboardInterrupt, Session10Error, OSError) as error:
+            forget_loaders()
+            # Whatever fails once the end was asked for, such as a loader process that heard of it too, is that end.
+            is_asked_for = asked or isinstance(error, KeyboardInterrupt)
+            words = "interrupted" if is_asked_for else str(error)
+            complain(f"{program}: " + "; ".join(filter(None, (words, kept()))))
+            return EXIT_SIGNAL + (asked or [signal.SIGINT])[0] if is_asked_for else EXIT_FAILED
     return 0
 
 
@@ -89,14 +91,50 @@ def complain(text: str) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_like_ctrl_c() -> Iterator[None]:
-    """Within it, SIGTERM (a shutdown, a cluster's time limit) ends the work as Ctrl-C does."""
+def interrupts_from_outside() -> Iterator[list[int]]:
+    """Within it, SIGTERM (a shutdown, a cluster's time limit) ends the work as Ctrl-C does: by ``KeyboardInterrupt``.
+
+    Where a whole process group is signalled, the first process alone answers. Python drops an exception that is raised
+    in a destructor or around a fork, and prints a traceback instead; there the interrupt is raised once more, soon after.
+
+    Yields:
+        The numbers of the signals that came.
+    """
+    first, asked, is_over = os.getpid(), [], threading.Event()
+    print_unraisable = sys.unraisablehook
 
     def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
+        if os.getpid() != first:  # a loader process that has not set its own answers yet
+            os._exit(EXIT_SIGNAL + number)
+        forget_loaders()
+        asked.append(number)
+        raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    def again(number):
+        if not is_over.wait(AGAIN_SECONDS):
+            os.kill(first, number)
+
+    def unraisable(lost):
+        if isinstance(lost.exc_value, KeyboardInterrupt) and asked:
+            threading.Thread(target=again, args=asked[-1:], daemon=True).start()
+        elif not asked:
+            print_unraisable(lost)
+
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, in the background for example
+        numbers.append(signal.SIGINT)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    sys.unraisablehook = unraisable
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        is_over.set()
+        sys.unraisablehook = print_unraisable
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def forget_loaders() -> None:
+    """Loader processes may die from now on: torch would raise an error about it wherever this process then is."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

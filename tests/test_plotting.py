@@ -1,7 +1,6 @@
-"""Figures: what a reader must find in them, and be able to read."""
+"""Figures: everything a reader looks for is there and legible."""
 
 import colorsys
-import io
 import itertools
 
 import numpy as np
@@ -22,7 +21,7 @@ SUGGESTIONS = {"onset": 2e-5, "steepest": 3.5e-4, "valley": 1e-4, "minimum/10": 
 
 
 def words_of(figure: Figure) -> list[Text]:
-    """Every text that is seen, laid out."""
+    """Every visible text, laid out."""
     figure.draw_without_rendering()
     found = list(figure.texts)
     for axis in figure.axes:
@@ -37,7 +36,6 @@ def words_of(figure: Figure) -> list[Text]:
 
 
 def texts(figure: Figure) -> str:
-    """Every visible word of a figure."""
     return "\n".join(text.get_text() for text in words_of(figure))
 
 
@@ -67,18 +65,18 @@ def heatmap(classes) -> Figure:
 
 
 def experiment() -> Figure:
-    seeds = [[94.0, 94.2, 94.4], [93.0, 93.3, 93.2], [92.9]]
-    names = ["recipe", "no flip", "half width"]
-    return plotting.effects(
-        names, [94.2, 93.17, 92.9], [0.2, 0.15, None], seeds, title="Ablations", xlabel="test accuracy", reference=0
-    )
+    seeds = [[0.7, 0.8, 0.9], [-1.3], []]
+    names = ["flip", "half width", "cutout"]
+    return plotting.effects(names, [0.8, -1.3, -0.2], [0.1, None, 0.1], seeds, title="Ablations", xlabel="points")
+
+
+PANELS = {"plain": {"20": RNG.random((3, 4)), "56": RNG.random(4)}, "residual": {"20": 2 * RNG.random((3, 4))}}
 
 
 def costs() -> Figure:
     def point(images: int, batch_size: int) -> dict:
-        return dict(
-            images=images, batch_size=batch_size, seconds=images / 300, peak_memory_mib=900, images_mib=images / 9
-        )
+        costs = {"seconds": images / 300, "peak_memory_mib": 900, "images_mib": images / 9}
+        return {"images": images, "batch_size": batch_size, **costs}
 
     by_count = [point(128 * 2**step, 128) for step in range(4)]
     by_batch = [point(64 * 2**step, 64 * 2**step) for step in range(5)]
@@ -101,8 +99,12 @@ FIGURES = {
     "grid, long names": lambda: plotting.image_grid(PICTURES, LONG, "Test images"),
     "maps": lambda: plotting.activation_maps(PICTURES[:8], np.ones((8, 32, 32)), LONG, LONG[::-1], "Evidence"),
     "effects": experiment,
-    "by epoch": lambda: plotting.curves_by_epoch(
-        {"plain": {"20 layers": [50, 30]}, "residual": {"20 layers": [40, 9]}}
+    "panels": lambda: plotting.curves(PANELS, "epoch", "train error in percent"),
+    "gradient norms": lambda: plotting.gradient_norms(
+        {title: {"plain": np.logspace(-18, -2, 21), "with skips": np.full(21, 0.1)} for title in ("a", "b", "c")}
+    ),
+    "augmentation, long names": lambda: plotting.augmentation_grid(
+        PICTURES[:10], np.stack([PICTURES[:10]] * 2), LONG, "Train images"
     ),
     "scaling": costs,
     "diagram": lambda: plotting.block_diagram([("layer1", "conv 3×3\nmax-pool", "128×16×16", True)] * 7),
@@ -156,21 +158,20 @@ def test_misclassified_works_for_any_count(count):
     words = texts(figure)
     assert words.count("cat 97%") == words.count("is dog (1.5%)") == count
     assert ("No mistakes" in words) == (count == 0)
-    if count:
-        assert "predicted in red, truth below" in words
-        assert {text.get_color() for text in words_of(figure) if "cat" in text.get_text()} == {plotting.RED}
+    assert ("predicted in red, truth below" in words) == (count > 0)
+    assert all(text.get_color() == plotting.RED for text in words_of(figure) if "cat" in text.get_text())
 
 
 def test_pictures_are_drawn_pixel_by_pixel_without_ticks():
-    for figure in (mistakes(3), plotting.image_grid(PICTURES, ["x"] * 12, "grid")):
+    for figure, count in ((mistakes(3), 3), (plotting.image_grid(PICTURES, ["x"] * 12, "grid"), 12)):
         shown = [axis for axis in figure.axes if axis.images]
-        assert len(shown) in (3, 12)
+        assert len(shown) == count
         for axis in shown:
             assert axis.images[0].get_interpolation() == "nearest"
             assert len(axis.get_xticks()) == len(axis.get_yticks()) == 0
 
 
-def test_range_test_marks_every_rule_apart_from_the_others_and_those_in_use_in_red():
+def test_range_test_marks_every_rule_in_its_own_row_and_those_in_use_in_red():
     figure = range_test()
     words = texts(figure)
     for expected in ("LRMIN 3.5e-04", "LRMAX 3.4e-03", "learning rate (log scale)"):
@@ -178,11 +179,11 @@ def test_range_test_marks_every_rule_apart_from_the_others_and_those_in_use_in_r
     rules = figure.axes[1]
     assert rules.get_xscale() == "log"
     markers = [line for line in rules.lines if line.get_marker() == "o"]
-    heights = [rules.transData.transform(line.get_xydata())[0, 1] for line in markers]
     for (name, lr), line, row in zip(SUGGESTIONS.items(), markers, rules.get_yticks(), strict=True):
         assert f"{name} {lr:.1e}" in words
         assert line.get_xydata().tolist() == [[lr, row]]
         assert (line.get_color() == plotting.RED) == (name in ("steepest", "minimum"))
+    heights = [rules.transData.transform(line.get_xydata())[0, 1] for line in markers]
     assert np.diff(np.sort(heights)).min() > markers[0].get_markersize() * figure.dpi / 72  # no marker hides another
 
 
@@ -190,9 +191,8 @@ def test_range_test_marks_every_rule_apart_from_the_others_and_those_in_use_in_r
 def test_one_cycle_names_peak_and_ends_beside_their_lines(epochs, peak):
     figure = cycle(epochs, peak)
     words = texts(figure)
-    assert f"LRMAX 8.0e-03 at the end of epoch {peak}" in words
-    assert "β₁" in words
-    assert "annihilation (not used)" in words
+    for expected in (f"LRMAX 8.0e-03 at the end of epoch {peak}", "β₁", "annihilation (not used)"):
+        assert expected in words
     axis = figure.axes[0]
     label = next(text for text in axis.texts if text.get_text() == "LRMIN 8.0e-04 at both ends")
     box, line = label.get_window_extent(), axis.transData.transform((0, 8e-4))[1]
@@ -201,7 +201,7 @@ def test_one_cycle_names_peak_and_ends_beside_their_lines(epochs, peak):
     assert not box.count_contains(axis.transData.transform(used.get_xydata()))
 
 
-def test_training_curves_overlay_train_and_test_and_pass_over_untested_epochs():
+def test_training_curves_overlay_train_and_test_and_skip_untested_epochs():
     figure = plotting.training_curves([2, 1, 0.5], [1.8, None, 0.9], [30, 60, 65], [40, None, 71.25], peak_epoch=2)
     words = texts(figure)
     for expected in ("train (augmented), last 65.00%", "test, last 71.25%", "test, last 0.900", "the LR peaks"):
@@ -213,6 +213,16 @@ def test_training_curves_overlay_train_and_test_and_pass_over_untested_epochs():
         assert set(peak.get_xdata()) == {2}
 
 
+def test_panels_share_scale_and_colours_and_show_mean_and_range_of_repetitions():
+    left, right = plotting.curves(PANELS, "epoch", "percent").axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.lines[0].get_color() == right.lines[0].get_color() != left.lines[1].get_color()
+    assert np.allclose(left.lines[0].get_ydata(), PANELS["plain"]["20"].mean(axis=0))
+    assert left.collections[0].get_datalim(left.transData).ymax == pytest.approx(PANELS["plain"]["20"].max())
+    many = plotting.curves({"": {str(depth): np.ones(3) for depth in range(6)}}, "epoch", "percent").axes[0]
+    assert len(many.lines) == 6
+
+
 def test_confusion_heatmap_shows_percent_of_the_true_class():
     words = texts(plotting.confusion_heatmap(np.array([[8, 2, 0], [0, 10, 0], [0, 0, 0]]), CLASSES))
     for expected in ("80.0", "20.0", "100", "plane", "predicted", "true"):
@@ -221,45 +231,24 @@ def test_confusion_heatmap_shows_percent_of_the_true_class():
 
 def test_class_accuracy_bars_start_at_zero_and_name_the_overall_and_the_classes_without_images():
     figure = plotting.class_accuracy(np.array([90.0, None, 95.0]), CLASSES, mean=92.5)
-    axis, words = figure.axes[0], texts(figure)
+    axis = figure.axes[0]
     assert axis.get_xlim()[0] == 0
     assert [bar.get_width() for bar in axis.patches] == [95, 90, 0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["bird  95.0%", "plane  90.0%", "car  no images"]
-    assert "dashed: overall 92.50%; orange: below it" in words
+    assert "dashed: overall 92.50%; orange: below it" in texts(figure)
     assert set(axis.lines[0].get_xdata()) == {92.5}
     colors = [bar.get_facecolor()[:3] for bar in axis.patches]
     assert colors[:2] == [to_rgb(plotting.BLUE), to_rgb(plotting.ORANGE)]
 
 
-def test_effects_show_every_seed_and_the_reference():
+def test_effects_show_every_seed_as_a_difference_from_zero():
     figure = experiment()
-    drawn = {tuple(line.get_xdata()) for line in figure.axes[0].lines}
-    assert {
-        (94.0, 94.2, 94.4),
-        (92.9,),
-        (94.2, 94.2),
-    } <= drawn  # seeds, a single one, the line through the recipe's mean
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["recipe", "no flip", "half width"]
-    bottom, top = figure.axes[0].get_ylim()
+    axis = figure.axes[0]
+    assert {(0, 0), (0.7, 0.8, 0.9), (-1.3,)} <= {tuple(line.get_xdata()) for line in axis.lines}
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["flip", "half width", "cutout"]
+    bottom, top = axis.get_ylim()
     assert bottom > top  # the first row on top
-    assert "94.2%" in texts(figure)
-
-
-def test_effects_without_a_reference_are_differences_from_zero():
-    figure = plotting.effects(["flip", "cutout"], [0.8, -0.2], [0.1, 0.1], [[], []], title="Screen", xlabel="points")
-    assert (0, 0) in {tuple(line.get_xdata()) for line in figure.axes[0].lines}
-    assert "+0.8" in texts(figure)
-    assert "%" not in texts(figure)
-
-
-def test_runs_of_one_name_have_one_colour_and_scale_in_every_panel():
-    panels = {"plain": {"20": [40, 20], "56": [60, None, 30]}, "residual": {"56": [30, 10], "20": [35, 15]}}
-    left, right = plotting.curves_by_epoch(panels).axes
-    assert left.get_ylim() == right.get_ylim()
-    assert {line.get_label(): line.get_color() for line in left.lines} == {
-        line.get_label(): line.get_color() for line in right.lines
-    }
-    assert list(left.lines[1].get_xdata()) == [1, 3]
+    assert "+0.5" in texts(figure)
 
 
 def test_scaling_is_on_log_axes_against_what_varies():
@@ -278,6 +267,6 @@ def test_block_diagram_draws_an_arc_for_each_residual_block():
 
 def test_a_saved_figure_is_a_png_wide_enough_for_a_readme(tmp_path):
     path = plotting.save_figure(mistakes(2), tmp_path / "new" / "mis.png")
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
+    with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width >= 1200

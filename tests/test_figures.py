@@ -1,4 +1,4 @@
-"""The figures of Results/, drawn from a run's own objects."""
+"""The figures of Results/, drawn from the objects of a run."""
 
 import dataclasses
 import warnings
@@ -40,10 +40,6 @@ def run(toy) -> figures.FigureInputs:
     )
 
 
-def titles(figure: Figure) -> list[str]:
-    return [axis.get_title() for axis in figure.axes if axis.get_title()]
-
-
 def test_a_run_gets_every_figure_that_results_holds(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -56,25 +52,26 @@ def test_a_run_gets_every_figure_that_results_holds(run):
     assert shown.title.get_color() == plotting.RED
 
 
-def test_a_figure_that_fails_is_named_in_a_warning_and_costs_no_other(run, monkeypatch):
+def test_a_figure_that_fails_is_named_in_a_warning_and_the_others_are_drawn(run, monkeypatch):
     broken = Figure()
     broken.text(0, 0, r"$\frac$")  # fails when it is laid out, not when it is made
     monkeypatch.setattr(plotting, "image_grid", lambda *args: broken)
-    for name in ("augmentation_grid", "misclassified", "confusion_heatmap"):  # slow ones, not at issue here
+    for name in ("augmentation_grid", "misclassified", "confusion_heatmap"):  # slow, and not tested here
         monkeypatch.setattr(plotting, name, lambda *args: Figure())
     config = dataclasses.replace(run.config, schedule="constant")
-    unusual = dataclasses.replace(run, config=config, model=nn.Linear(1, 1), lr_range=LRRange.given(1e-4, 1e-2))
+    model = nn.Sequential(nn.Linear(1, 1))
+    unusual = dataclasses.replace(run, config=config, model=model, lr_range=LRRange.given(1e-4, 1e-2))
     with pytest.warns(UserWarning, match="is left out: ") as caught:
         drawn = figures.draw_all(unusual)
     missing = {"network.png", "grad_cam.png", "test.png"}
     assert {str(warning.message).split(" is left out: ")[0] for warning in caught} == missing
     assert "ValueError" in str(next(w.message for w in caught if "test.png" in str(w.message)))
-    never_was = {"lr_finder.png", "one_cycle.png"}  # no range test, no cycle
-    assert set(drawn) == {path.name for path in RESULTS.glob("*.png")} - missing - never_was
+    unneeded = {"lr_finder.png", "one_cycle.png"}  # no range test, no cycle
+    assert set(drawn) == {path.name for path in RESULTS.glob("*.png")} - missing - unneeded
 
 
 @pytest.mark.parametrize(("epochs", "peak", "steps"), [(24, 5, 98), (6, 5, 3), (2, 1, 2)])
-def test_one_cycle_is_held_against_annihilation(epochs, peak, steps):
+def test_one_cycle_is_compared_with_annihilation(epochs, peak, steps):
     config = configs.quick(epochs=epochs, peak_epoch=peak)
     axis = figures.one_cycle(config, LRRange.given(1e-3, 1e-2), steps).axes[0]
     other, used = axis.lines[:2]
@@ -89,7 +86,9 @@ def test_a_run_without_mistakes_still_shows_where_the_network_looks(run):
     perfect = Predictions(np.eye(10, dtype=np.float32)[run.dataset.test_labels], run.dataset.test_labels)
     assert "No mistakes" in figures.mistakes(run.dataset, perfect)._suptitle.get_text()
     shown = figures.grad_cam(run.model, run.dataset, perfect, "cpu")
-    assert titles(shown) == [run.dataset.classes[label] for label in run.dataset.test_labels[:4]]
+    assert [axis.get_title() for axis in shown.axes if axis.get_title()] == [
+        run.dataset.classes[label] for label in run.dataset.test_labels[:4]
+    ]
 
 
 def test_train_samples_show_the_originals_and_other_versions_of_them(run):

@@ -1,8 +1,4 @@
-"""Every figure of ``Results/``, each drawn here and nowhere else from the objects of a run.
-
-A figure is for looking at: where one cannot be drawn, ``draw_all`` says so and goes on, since weights and numbers must not
-be lost for it.
-"""
+"""Every figure of ``Results/``, drawn from the objects of a run."""
 
 from __future__ import annotations
 
@@ -25,22 +21,16 @@ from utils.lr_finder import LRRange
 from utils.schedule import one_cycle_beta1s, one_cycle_lrs
 from utils.transforms import BatchAugment, denormalize, normalize
 
-TEST_SHOWN = 20
-MISTAKES_SHOWN = 20
-EACH_IN_GRAD_CAM = 4  # so many right answers, and so many wrong ones
-
 
 @dataclass(frozen=True)
 class FigureInputs:
     """What a finished run's figures are drawn from.
 
     Attributes:
-        config: of the run.
-        dataset: what it was trained and tested on.
+        config, dataset, history: of the run.
         model: the tested network, on ``device``.
         lr_range: the range in use, found or given.
-        history: of every epoch.
-        predictions: the tested network's, on all test images in their order.
+        predictions: the tested network's, on all test images in order.
         device: where Grad-CAM computes.
     """
 
@@ -56,8 +46,8 @@ class FigureInputs:
 def draw_all(run: FigureInputs) -> dict[str, Figure]:
     """Every figure of ``Results/``, by file name.
 
-    No ``lr_finder.png`` where the LRs were given instead of found, no ``one_cycle.png`` where an ablation went another way.
-    A figure that fails is left out, with a warning that names it and the reason.
+    ``lr_finder.png`` needs a range test, and ``one_cycle.png`` the one-cycle schedule. A figure that fails is left out
+    with a warning that gives the reason: a run's weights and numbers must not be lost with it.
     """
     config, dataset, predictions = run.config, run.dataset, run.predictions
     steps = -(-len(dataset.train_labels) // config.batch_size)
@@ -73,7 +63,7 @@ def draw_all(run: FigureInputs) -> dict[str, Figure]:
         "class_accuracy.png": lambda: class_accuracy(predictions, dataset.classes),
         "grad_cam.png": lambda: grad_cam(run.model, dataset, predictions, run.device),
     }
-    if not len(run.lr_range.losses):
+    if not len(run.lr_range.losses):  # the LRs were given
         del writers["lr_finder.png"]
     if config.schedule != "one-cycle":
         del writers["one_cycle.png"]
@@ -81,7 +71,7 @@ def draw_all(run: FigureInputs) -> dict[str, Figure]:
     for name, write in writers.items():
         try:
             figure = write()
-            figure.draw_without_rendering()  # some faults show only when the text is laid out
+            figure.draw_without_rendering()  # some errors are raised only when the text is laid out
             figures[name] = figure
         except Exception as error:
             warnings.warn(f"{name} is left out: {type(error).__name__}: {error}", stacklevel=2)
@@ -89,7 +79,7 @@ def draw_all(run: FigureInputs) -> dict[str, Figure]:
 
 
 def train_samples(dataset: ImageDataset, config: Config, count: int = 10, versions: int = 3) -> Figure:
-    """The first ``count`` train images above what the network sees of them in ``versions`` epochs."""
+    """The first ``count`` train images, above what the network sees of them in ``versions`` epochs."""
     images, labels = dataset.train_images[:count], dataset.train_labels[:count]
     loader = BatchedLoader(
         images,
@@ -105,30 +95,30 @@ def train_samples(dataset: ImageDataset, config: Config, count: int = 10, versio
 
 
 def test_samples(dataset: ImageDataset) -> Figure:
-    """The first test images, put through normalization and back: what the network really sees."""
-    shown = denormalize(normalize(torch.from_numpy(dataset.test_images[:TEST_SHOWN])))
-    return plotting.image_grid(shown, _names(dataset, dataset.test_labels[:TEST_SHOWN]), "Test images: never augmented")
+    """The first 20 test images after normalization and back, as the network sees them."""
+    shown = denormalize(normalize(torch.from_numpy(dataset.test_images[:20])))
+    return plotting.image_grid(shown, _names(dataset, dataset.test_labels[:20]), "Test images: never augmented")
 
 
 def network(model: CustomResNet) -> Figure:
-    """The network's stages and residual blocks, read off the model itself."""
+    """The network's stages and residual blocks."""
     return plotting.block_diagram(lesson.diagram_stages(model))
 
 
 def lr_range_test(lr_range: LRRange) -> Figure:
-    """The range test's curve, and what each rule reads off it; ``lr_range`` must be a found one."""
+    """The range test's curve and what each rule suggests; ``lr_range`` must come from a range test."""
     return plotting.lr_range_test(
         lr_range.lrs, lr_range.losses, lr_range.smoothed, lr_range.suggestions, lr_range.lr_min, lr_range.lr_max
     )
 
 
 def one_cycle(config: Config, lr_range: LRRange, steps_per_epoch: int) -> Figure:
-    """The LR and Adam's beta1 at every step, beside the annihilation phase that the assignment leaves out."""
+    """The LR and Adam's beta1 at every step, compared with a cycle that ends in annihilation."""
     cycle = (config.epochs, config.peak_epoch, steps_per_epoch)
     lrs = one_cycle_lrs(lr_range.lr_min, lr_range.lr_max, *cycle)
     beta1s = one_cycle_beta1s(*cycle) if config.cycle_beta1 else np.full(len(lrs), config.beta1)
     last = len(lrs) - 1
-    # Back at LRMIN after nine tenths, or halfway from a later peak, then down to a hundredth of it.
+    # Down to LRMIN after nine tenths of the steps, or halfway from a later peak, then to a hundredth of LRMIN.
     corners = [0, lrs.argmax(), max(0.9 * last, (lrs.argmax() + last) / 2), last]
     levels = [lr_range.lr_min, lr_range.lr_max, lr_range.lr_min, lr_range.lr_min / 100]
     annihilated = np.interp(np.arange(len(lrs)), corners, levels)
@@ -136,15 +126,15 @@ def one_cycle(config: Config, lr_range: LRRange, steps_per_epoch: int) -> Figure
 
 
 def training_curves(history: History, peak_epoch: int) -> Figure:
-    """Loss and accuracy of every epoch."""
+    """Loss and accuracy of every epoch, train and test."""
     return plotting.training_curves(
         history.train_loss, history.test_loss, history.train_accuracy, history.test_accuracy, peak_epoch
     )
 
 
-def mistakes(dataset: ImageDataset, predictions: Predictions, count: int = MISTAKES_SHOWN) -> Figure:
-    """The ``count`` wrong answers that the network was surest of."""
-    worst = analysis.confident_mistakes(predictions, count)
+def mistakes(dataset: ImageDataset, predictions: Predictions) -> Figure:
+    """The 20 wrong answers that the network was surest of."""
+    worst = analysis.confident_mistakes(predictions, 20)
     return plotting.misclassified(
         dataset.test_images[worst.index],
         _names(dataset, worst.predicted),
@@ -155,21 +145,21 @@ def mistakes(dataset: ImageDataset, predictions: Predictions, count: int = MISTA
 
 
 def confusion(predictions: Predictions, classes: Sequence[str]) -> Figure:
-    """Which class is taken for which."""
+    """Which classes are confused."""
     return plotting.confusion_heatmap(analysis.confusion_matrix(predictions), classes)
 
 
 def class_accuracy(predictions: Predictions, classes: Sequence[str]) -> Figure:
-    """The accuracy of every class beside the overall one."""
+    """The accuracy of every class, and overall."""
     return plotting.class_accuracy(analysis.per_class_accuracy(predictions), classes, predictions.accuracy)
 
 
 def grad_cam(
     model: CustomResNet, dataset: ImageDataset, predictions: Predictions, device: torch.device | str
 ) -> Figure:
-    """Where the network looks: the first right answers, then the surest wrong ones."""
-    right = np.flatnonzero(predictions.predicted == predictions.labels)[:EACH_IN_GRAD_CAM]
-    wrong = analysis.confident_mistakes(predictions, EACH_IN_GRAD_CAM).index
+    """Where the network looks: in the first four right answers, then in the four surest wrong ones."""
+    right = np.flatnonzero(predictions.predicted == predictions.labels)[:4]
+    wrong = analysis.confident_mistakes(predictions, 4).index
     shown = np.concatenate([right, wrong])
     pictures, answers = dataset.test_images[shown], predictions.predicted[shown]
     maps = lesson.class_activation_maps(model, normalize(torch.from_numpy(pictures).to(device)), answers)

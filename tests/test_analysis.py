@@ -56,7 +56,7 @@ def test_mistakes_come_most_confident_first_with_both_probabilities():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 99])
 def test_any_number_of_mistakes_can_be_asked_for(count):
-    assert len(analysis.confident_mistakes(SMALL, count)) == min(count, 2)
+    assert len(analysis.confident_mistakes(SMALL, count).index) == min(count, 2)
 
 
 def test_a_negative_number_of_mistakes_is_refused():
@@ -79,7 +79,7 @@ def test_every_image_is_counted_once(data):
     matrix = analysis.confusion_matrix(p)
     assert matrix.sum() == len(p.labels)
     assert 100 * np.trace(matrix) / matrix.sum() == pytest.approx(p.accuracy)
-    assert len(analysis.confident_mistakes(p)) == len(p.labels) - np.trace(matrix)
+    assert len(analysis.confident_mistakes(p).index) == len(p.labels) - np.trace(matrix)
 
 
 def test_frequent_confusions_leave_out_what_never_happened():
@@ -87,7 +87,7 @@ def test_frequent_confusions_leave_out_what_never_happened():
 
 
 class Brightness(nn.Module):
-    """Two logits, of which the first grows from left to right: mirrored images give another answer."""
+    """Two logits, the first from the left column alone, so that mirrored images give other answers."""
 
     def forward(self, x):
         left = x[:, 0, :, 0].mean(1)
@@ -119,5 +119,5 @@ def test_a_picture_file_of_any_size_gets_the_most_probable_of_the_models_own_cla
     assert {name for name, _ in everything} == set(classes)
     assert sum(probability for _, probability in everything) == pytest.approx(1)
     assert everything[:2] == answers
-    with pytest.raises(ValueError, match="10 class names for a network of 3 outputs"):
+    with pytest.raises(ValueError, match="10 class names for a network with 3 outputs"):
         analysis.classify_file(model, picture, toy.classes)

@@ -1,4 +1,4 @@
-"""What the trained network gets right and wrong. Everything returned is a NumPy array or a number: no figure is drawn here."""
+"""What the trained network gets right and wrong, as NumPy arrays and numbers; ``plotting`` draws them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def predict(model: nn.Module, loader: Iterable, *, precision: Precision, tta: bo
         model: the network.
         loader: (B, 3, 32, 32) float images and (B,) int64 labels.
         precision: of the forward pass.
-        tta: average the logits of each image and of its mirror image first.
+        tta: average the logits of each image and its mirror image first.
     """
     probabilities, labels = [], []
     for logits, batch_labels in predict_batches(model, loader, precision=precision, tta=tta):
@@ -63,7 +63,7 @@ def predict(model: nn.Module, loader: Iterable, *, precision: Precision, tta: bo
 
 
 def confusion_matrix(predictions: Predictions) -> np.ndarray:
-    """(C, C) int64: entry [i, j] counts the images of class i that were taken for class j."""
+    """(C, C) int64: entry [i, j] counts the images of class i that the network called class j."""
     classes = predictions.probabilities.shape[1]
     pairs = predictions.labels * classes + predictions.predicted
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
@@ -77,7 +77,7 @@ def per_class_accuracy(predictions: Predictions) -> np.ndarray:
 
 
 def class_accuracy_lines(predictions: Predictions, classes: Sequence[str]) -> list[str]:
-    """One line a class, as ``Accuracy for class: plane is 94.3 %``; a class without images says so."""
+    """One line per class, such as ``Accuracy for class: plane is 94.3 %``."""
     return [
         f"Accuracy for class: {name} is " + ("unknown (no images)" if np.isnan(accuracy) else f"{accuracy:.1f} %")
         for name, accuracy in zip(classes, per_class_accuracy(predictions))
@@ -86,12 +86,12 @@ def class_accuracy_lines(predictions: Predictions, classes: Sequence[str]) -> li
 
 @dataclass(frozen=True)
 class Mistakes:
-    """Wrong answers, the most confident first; all arrays have one entry a mistake.
+    """Wrong answers, the most confident first; every array has one entry per mistake.
 
     Attributes:
-        index: which image of the loader.
+        index: position of the image in the loader.
         predicted, true: class numbers.
-        predicted_probability, true_probability: what the network gave each of the two.
+        predicted_probability, true_probability: the network's probabilities of these two classes.
     """
 
     index: np.ndarray
@@ -100,12 +100,9 @@ class Mistakes:
     predicted_probability: np.ndarray
     true_probability: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.index)
-
 
 def confident_mistakes(predictions: Predictions, count: int | None = None) -> Mistakes:
-    """The ``count`` wrong answers that the network was surest of (None: all of them); fewer when there are fewer.
+    """The ``count`` wrong answers that the network was surest of; all of them for None or a larger ``count``.
 
     Raises:
         ValueError: a negative ``count``.
@@ -126,35 +123,36 @@ def confident_mistakes(predictions: Predictions, count: int | None = None) -> Mi
 
 
 def frequent_confusions(predictions: Predictions, count: int = 5) -> list[tuple[int, int, int]]:
-    """The most frequent ``(true, predicted, how often)`` mix-ups, most frequent first."""
+    """Up to ``count`` pairs of classes that were confused, as ``(true, predicted, how often)``, most frequent first."""
     matrix = confusion_matrix(predictions)
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:count]
-    pairs = (np.unravel_index(flat, matrix.shape) for flat in order)
-    return [(int(true), int(taken), int(matrix[true, taken])) for true, taken in pairs if matrix[true, taken]]
+    pairs = np.column_stack(np.unravel_index(order, matrix.shape)).tolist()
+    return [(true, answer, int(matrix[true, answer])) for true, answer in pairs if matrix[true, answer]]
 
 
 def classify_file(
     model: CustomResNet, path: str | Path, classes: Sequence[str], top: int = 3
 ) -> list[tuple[str, float]]:
-    """The ``top`` most probable classes of a picture file, as (name, probability in [0, 1]); all where there are fewer.
+    """The ``top`` most probable classes of a picture file, as (name, probability in [0, 1]).
 
     Args:
         model: the network, on any device.
         path: a picture of any size.
         classes: the names of the model's classes, in the order of its outputs.
-        top: how many to name.
+        top: how many to name; all classes if there are fewer.
 
     Raises:
-        ValueError: not as many names as the model has outputs.
-        DatasetError: the file is missing or no image.
+        ValueError: the number of names is not the model's number of outputs.
+        DatasetError: the file is missing or not an image.
     """
     pixels = torch.from_numpy(read_image(path).copy())[None]
     device = next(model.parameters()).device
     probabilities = model.predict_proba(normalize(pixels.to(device)))[0]
     if len(classes) != len(probabilities):
         raise ValueError(
-            f"{len(classes)} class names for a network of {len(probabilities)} outputs: give the names it was trained with"
+            f"{len(classes)} class names for a network with {len(probabilities)} outputs: "
+            "give the names it was trained with"
         )
     values, numbers = probabilities.topk(min(top, len(classes)))
     return [(classes[number], value) for number, value in zip(numbers.tolist(), values.tolist())]

@@ -1,4 +1,4 @@
-"""A notebook that was opened alone sets itself up, and requirements.txt names what the code imports."""
+"""A notebook opened without its project sets itself up, and requirements.txt names what the code imports."""
 
 import ast
 import importlib.metadata
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from utils import colab
 
 ROOT = colab.ROOT
-# What a lone notebook finds: the packages, of which torch takes long to import, and on Colab a module of its own.
+# Stands in for torch, which is slow to import, and for Colab's own module.
 DOWNLOAD = """
 import importlib.machinery, sys, types
 sys.modules["torch"] = torch = types.ModuleType("torch")
@@ -48,10 +48,10 @@ def published(tmp_path_factory) -> Path:
 
 
 def first_cell(folder: Path, repository: object, before: str = DOWNLOAD) -> subprocess.CompletedProcess:
-    """Run the notebook's first code cell in ``folder``, in a process of its own that begins with ``before``."""
+    """Run the notebook's first code cell in ``folder``, in a new process that runs ``before`` first."""
     notebook = nbformat.read(ROOT / "Session10.ipynb", as_version=4)
     source = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    assert 'REPOSITORY = ""' in source, "the notebook names no repository: it is filled in by whoever opens it alone"
+    assert 'REPOSITORY = ""' in source, "the notebook must not name a repository: whoever opens it alone fills it in"
     source = source.replace('REPOSITORY = ""', f"REPOSITORY = {str(repository)!r}")
     folder.mkdir(exist_ok=True)
     program = f"import sys; sys.path.insert(0, '')\n{before}\n{source}\nprint('in', os.getcwd())"
@@ -85,7 +85,7 @@ def test_an_address_that_cannot_be_cloned_says_what_to_do(tmp_path, repository, 
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_or_of_another_version_is_found(tmp_path):
+def test_missing_and_untested_packages_are_found(tmp_path):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text(
         "numpy>=1\nno-such-package>=1,<2  # a comment\nscikit-learn>=999\nopencv-python-headless\npytest>=999\n",
@@ -93,24 +93,22 @@ def test_what_is_missing_or_of_another_version_is_found(tmp_path):
     )
     missing, differing = colab.check_requirements(requirements)
     assert [Requirement(line) for line in missing] == [Requirement("no-such-package>=1,<2")]
-    assert len(differing) == 1
-    assert differing[0].startswith("scikit-learn ")
-    assert differing[0].endswith(" (tried: >=999)")
+    assert differing == [f"scikit-learn {importlib.metadata.version('scikit-learn')} (tested: >=999)"]
 
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands in for pip: records what it was told, and answers with ``code``."""
-    told = types.SimpleNamespace(code=0)
+    """Stands in for pip: records its command and constraints, and exits with ``code``."""
+    called = types.SimpleNamespace(code=0)
 
     def run(command, **options):
-        told.command = command
-        told.constraints = Path(command[command.index("--constraint") + 1]).read_text(encoding="utf-8").splitlines()
-        return subprocess.CompletedProcess(command, told.code, "", "no matching distribution")
+        called.command = command
+        called.constraints = Path(command[command.index("--constraint") + 1]).read_text(encoding="utf-8").splitlines()
+        return subprocess.CompletedProcess(command, called.code, "", "no matching distribution")
 
     monkeypatch.setattr(colab.subprocess, "run", run)
-    monkeypatch.setattr(colab, "check_requirements", lambda: (["no-such-package>=1,<2"], ["numpy 1.0 (tried: >=2)"]))
-    return told
+    monkeypatch.setattr(colab, "check_requirements", lambda: (["no-such-package>=1,<2"], ["numpy 1.0 (tested: >=2)"]))
+    return called
 
 
 def test_a_hosted_notebook_installs_what_is_missing_and_pins_the_rest(pip, monkeypatch, capsys):
@@ -121,7 +119,7 @@ def test_a_hosted_notebook_installs_what_is_missing_and_pins_the_rest(pip, monke
         assert f"{name}=={importlib.metadata.version(name)}" in pip.constraints
     printed = capsys.readouterr().out
     assert "Installed: no-such-package>=1,<2" in printed
-    assert "numpy 1.0 (tried: >=2)" in printed
+    assert "numpy 1.0 (tested: >=2)" in printed
     pip.code = 1
     with pytest.raises(RuntimeError, match=r"(?s)could not install no-such-package.*no matching distribution"):
         colab.prepare()
@@ -129,12 +127,12 @@ def test_a_hosted_notebook_installs_what_is_missing_and_pins_the_rest(pip, monke
 
 def test_elsewhere_nothing_is_installed_unasked(pip, monkeypatch):
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    with pytest.raises(RuntimeError, match=r"missing here: no-such-package.*%pip install -r"):
+    with pytest.raises(RuntimeError, match=r"missing packages: no-such-package.*%pip install -r"):
         colab.prepare()
     assert not hasattr(pip, "command")
 
 
-def test_a_drive_is_mounted_and_takes_the_checkpoints(tmp_path, monkeypatch):
+def test_drive_is_mounted_and_receives_the_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setenv("S10_RUN_DIR", "")
     with pytest.raises(RuntimeError, match="S10_RUN_DIR"):
         colab.mount_drive()

@@ -1,4 +1,4 @@
-"""Set-up where a notebook is opened alone: Google Colab, Kaggle, a download. Present packages are left as they are."""
+"""Set-up for a notebook opened without its project: on Google Colab, on Kaggle, as a download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 ROOT = Path(__file__).resolve().parent.parent
 DRIVE = Path("/content/drive")
 
-# Where a package's import name is not its name with "-" as "_".
+# Import names that are not just the package's name with "_" for "-".
 IMPORT_NAMES = {
     "grad-cam": "pytorch_grad_cam",
     "ipython": "IPython",
@@ -36,7 +36,7 @@ def on_colab() -> bool:
 
 
 def is_hosted() -> bool:
-    """True on a machine that is lent for a session, where installing changes nobody's environment: Colab, Kaggle."""
+    """True on Colab and Kaggle, whose machines are temporary, so that installing packages harms nobody."""
     return on_colab() or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 
 
@@ -47,10 +47,10 @@ def read_requirements(path: Path = ROOT / "requirements.txt") -> list[Requiremen
 
 
 def check_requirements(path: Path = ROOT / "requirements.txt") -> tuple[list[str], list[str]]:
-    """What of requirements.txt the notebook needs and this environment does not offer.
+    """Compare this environment with what the notebook needs of a requirements file.
 
     Returns:
-        ``(missing, differing)``: lines for pip; and, in words, what is here in a version that was never tried.
+        ``(missing, differing)``: requirements for pip, and descriptions of packages in untested versions.
     """
     missing, differing = [], []
     for requirement in read_requirements(path):
@@ -63,28 +63,27 @@ def check_requirements(path: Path = ROOT / "requirements.txt") -> tuple[list[str
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # from another source under another name, as cv2 from opencv-python: it is here
+            continue  # installed under another name, as cv2 by opencv-python
         if not requirement.specifier.contains(version, prereleases=True):
-            differing.append(f"{name} {version} (tried: {requirement.specifier})")
+            differing.append(f"{name} {version} (tested: {requirement.specifier})")
     return missing, differing
 
 
 def install(missing: list[str]) -> None:
-    """Install lines of requirements.txt with every present package pinned to its version: Colab's NumPy and torch stay.
+    """Install requirements, with every installed package pinned to its version: Colab keeps its NumPy and torch.
 
     Raises:
         RuntimeError: pip failed; the message ends with its last lines.
     """
-    pip = [sys.executable, "-m", "pip"]
     pins = {}
-    for package in importlib.metadata.distributions():  # of two of one name, the first is the one that is imported
-        with contextlib.suppress(InvalidVersion, TypeError):  # such as the system's own, which pip does not manage
+    for package in importlib.metadata.distributions():  # of two with one name, the first is the one that is imported
+        with contextlib.suppress(InvalidVersion, TypeError):  # such as system packages, which pip does not manage
             pins.setdefault(canonicalize_name(package.name), Version(package.version))
     with tempfile.TemporaryDirectory() as scratch:
         constraints = Path(scratch, "present.txt")
         constraints.write_text("\n".join(f"{name}=={version}" for name, version in pins.items()), encoding="utf-8")
         done = subprocess.run(
-            [*pip, "install", "--quiet", "--constraint", str(constraints), *missing],
+            [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *missing],
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -95,18 +94,18 @@ def install(missing: list[str]) -> None:
 
 
 def mount_drive(folder: str = "session10") -> Path:
-    """Mount Google Drive and have every checkpoint copied there; a new machine then goes on from the copy.
+    """Mount Google Drive and have every checkpoint copied there, so that a new machine can continue from the copy.
 
     Sets ``S10_RUN_DIR``, so call it before the run's folder is opened. Colab asks for your permission.
 
     Args:
-        folder: below "My Drive"; made if missing.
+        folder: below "My Drive"; created if missing.
 
     Raises:
-        RuntimeError: this is not Colab.
+        RuntimeError: not on Colab.
     """
     if not on_colab():
-        raise RuntimeError("Drive can be mounted on Colab only: elsewhere set S10_RUN_DIR to a folder that is kept")
+        raise RuntimeError("Drive can only be mounted on Colab: elsewhere set S10_RUN_DIR to a permanent folder")
     from google.colab import drive
 
     drive.mount(str(DRIVE))
@@ -118,7 +117,7 @@ def mount_drive(folder: str = "session10") -> Path:
 
 def gpu_advice() -> str:
     """A sentence about the GPU: its name, or how to get one."""
-    import torch  # only after what is missing was installed
+    import torch  # here, since the module must import before packages are installed
 
     if torch.cuda.is_available():
         return f"GPU: {torch.cuda.get_device_name()}. The full profile runs here."
@@ -128,20 +127,20 @@ def gpu_advice() -> str:
 
 
 def prepare() -> None:
-    """The set-up cell's work after the clone: see that all packages are here, and say what was done.
+    """Check the packages, install what is missing if the machine is hosted, and print what was done.
 
     Raises:
-        RuntimeError: something is missing and could not be installed, or this machine is not one to change unasked.
+        RuntimeError: a package is missing and could not be installed, or the machine is not hosted.
     """
     missing, differing = check_requirements()
     if missing and not is_hosted():
         raise RuntimeError(
-            f"missing here: {', '.join(missing)}. Run `%pip install -r {ROOT / 'requirements.txt'}` in a cell, then restart "
-            "the kernel"
+            f"missing packages: {', '.join(missing)}. Run `%pip install -r {ROOT / 'requirements.txt'}` in a cell, "
+            "then restart the kernel"
         )
     if missing:
         install(missing)
     print("Installed: " + ", ".join(missing) if missing else "Everything needed is here already.")
     if differing:
-        print("Not tried with these versions, so look here first if something fails: " + "; ".join(differing))
+        print("Untested versions, the first suspects if something fails: " + "; ".join(differing))
     print(gpu_advice())

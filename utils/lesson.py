@@ -227,9 +227,9 @@ def stored_degradation(path: str | Path = STORED_DEGRADATION) -> tuple[dict[str,
     """
     stored = json.loads(Path(path).read_text(encoding="utf-8"))
 
-    def train_errors(*case) -> np.ndarray:
-        runs = stored["runs"]
-        return np.array([run["error"] for run in runs if (run["skip"], run["depth"], run["lr"]) == case])
+    def train_errors(skip: bool, depth: int, lr: float) -> np.ndarray:
+        case = {"skip": skip, "depth": depth, "lr": lr}
+        return np.array([run["error"] for run in stored["runs"] if case.items() <= run.items()])
 
     plain, residual = {}, {}
     for depth in stored["depths"]:

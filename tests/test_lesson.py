@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from experiments import degradation
 from models import CustomLayer, CustomResNet
+from models.variants import remove_skips
 from utils import engine, lesson
 from utils.transforms import normalize
 
@@ -219,6 +220,8 @@ def test_the_diagram_is_read_off_the_model(model):
     assert [name for name, *_, residual in stages if residual] == ["layer1", "layer3"]
     assert model.training
     assert model.prep.conv.norm.num_batches_tracked == 0
+    remove_skips(model)
+    assert not any(residual for *_, residual in lesson.diagram_stages(model))
 
 
 def test_activation_maps_are_images_between_0_and_1_and_leave_the_model_unchanged(model, toy):

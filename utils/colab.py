@@ -20,7 +20,6 @@ DRIVE = Path("/content/drive")
 
 # Import names that are not just the package's name with "_" for "-".
 IMPORT_NAMES = {
-    "grad-cam": "pytorch_grad_cam",
     "ipython": "IPython",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CustomLayer, CustomResNet
+from models.variants import LayerWithoutSkip
 from utils import plotting
 from utils.dataset import ImageDataset
 from utils.engine import WeightAverage
@@ -402,10 +403,10 @@ def diagram_stages(model: CustomResNet) -> list[tuple[str, str, str, bool]]:
         x = module(x)
         residual = False
         if isinstance(module, CustomLayer):
-            residual = module.block is not None
+            residual = module.block is not None and not isinstance(module, LayerWithoutSkip)
             inside = "conv 3×3\n" + ("max-pool\n" if module.conv.pool is not None else "") + "BN · ReLU"
-            if residual:
-                inside += f"\n+ {len(module.block)} × conv"
+            if module.block is not None:
+                inside += f"\n{'+ ' if residual else ''}{len(module.block)} × conv"
         elif name == "flatten":
             continue
         else:

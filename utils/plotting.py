@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
@@ -82,10 +83,10 @@ def _fit(name: str, columns: int) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-def _name_ticks(axis, names: Sequence[str], most: int, **options) -> None:
-    """Label the ticks 0, 1, ... of an x or y axis; with more than ``most`` names, only every second, third, ..."""
+def _name_ticks(axis, names: Sequence[str], most: int, offset: float = 0.0, **options) -> None:
+    """Label ``offset``, 1 + ``offset``, ... on an x or y axis; with more than ``most`` names, only every second, third, ..."""
     shown = range(0, len(names), math.ceil(len(names) / most))
-    axis.set_ticks(shown, [names[i] for i in shown], fontsize=9, **options)
+    axis.set_ticks([i + offset for i in shown], [names[i] for i in shown], fontsize=9, **options)
     axis.set_tick_params(length=0, pad=6)  # keeps the labels of both axes apart in the corner
 
 
@@ -368,27 +369,33 @@ def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     """
     count = len(classes)
     percent = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    mistaken = np.where(np.eye(count, dtype=bool), np.nan, percent)
-    highest = max(1.0, np.nanmax(mistaken))
+    mistaken = np.where(np.eye(count, dtype=bool), np.nan, percent)  # NaN: no colour
+    words = np.vectorize(lambda value: "" if value < 0.05 else "100" if value >= 99.95 else f"{value:.1f}")(percent)
+    shows_words = count <= 16
     names = [_fit(name, 4) for name in classes]
     longest = max(map(len, names))
     rotation, extra = (90, 0.07 * longest) if count * longest > 80 else (0, 0)
     figure, axis = new_figure(6.6 + extra)
-    edges = np.arange(count + 1) - 0.5  # of the cells, whose centres are 0, 1, ...
-    lines = {"edgecolors": "white", "linewidth": 1} if count <= 50 else {}
-    mesh = axis.pcolormesh(edges, edges, mistaken, cmap="Blues", vmin=0, vmax=highest, **lines)
-    figure.colorbar(mesh, label="% of the true class taken for another", shrink=0.8).outline.set_visible(False)
-    for row, column in np.argwhere(percent >= 0.05) if count <= 16 else ():
-        value, correct = percent[row, column], row == column
-        words = f"{value:.1f}" if value < 99.95 else "100"
-        color = "white" if not correct and value > 0.6 * highest else "black"
-        weight = "bold" if correct else "normal"
-        axis.text(column, row, words, ha="center", va="center", fontsize=9, fontweight=weight, color=color)
-    _name_ticks(axis.xaxis, names, most=30, rotation=rotation)
-    _name_ticks(axis.yaxis, names, most=30)
-    axis.set(xlabel="predicted", ylabel="true", aspect="equal")
-    axis.invert_yaxis()
-    axis.spines[:].set_visible(False)
+    sns.heatmap(
+        mistaken,
+        ax=axis,
+        vmin=0,
+        vmax=max(1.0, np.nanmax(mistaken)),
+        cmap="Blues",
+        square=True,
+        linewidths=1 if count <= 50 else 0,
+        annot=words if shows_words else None,
+        fmt="",
+        annot_kws={"fontsize": 9},
+        cbar_kws={"label": "% of the true class taken for another", "shrink": 0.8},
+        xticklabels=False,
+        yticklabels=False,
+    )
+    for i in range(count) if shows_words else ():
+        axis.text(i + 0.5, i + 0.5, words[i, i], ha="center", va="center", fontsize=9, fontweight="bold")
+    _name_ticks(axis.xaxis, names, most=30, offset=0.5, rotation=rotation)
+    _name_ticks(axis.yaxis, names, most=30, offset=0.5)
+    axis.set(xlabel="predicted", ylabel="true")
     axis.grid(False)
     _headline(figure, "Confusion matrix, percent of each true class (diagonal: correct)")
     return figure

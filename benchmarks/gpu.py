@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --budget-minutes 9       about 15 minutes in all, into runs/bench/gpu.json
 
-Times 24 epochs, the first and the second time in a process, eager and with each of torch.compile's modes; with a test only
-at the end; bit-identical (``deterministic``); and the usual way beside them. Also measures what a checkpoint costs and what
-a step spends its time on. Each row runs in its own process: one that fails says why, and the others go on. Rows that the
-JSON file already holds are not measured again, so the same command goes on after a time limit.
+Times 24 epochs, the first and the second time in a process, eager and with each of torch.compile's modes; with a test
+only at the end; bit-identical (``deterministic``); and the usual way beside them. Also measures what a checkpoint
+costs and what a step spends its time on. Each row runs in its own process: one that fails says why, and the others go
+on. Rows that the JSON file already holds are not measured again, so the same command goes on after a time limit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The baseline: the usual way to train this network, kept as slow as it is usually written.
 
-Albumentations image by image in loader processes, float32, NCHW, Adam one parameter at a time, and a wait for the device
-after every step to read the loss.
+Albumentations image by image in loader processes, float32, NCHW, Adam one parameter at a time, and a wait for the
+device after every step to read the loss.
 """
 
 from __future__ import annotations

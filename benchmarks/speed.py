@@ -5,9 +5,9 @@
     python -m benchmarks.speed --scaling             time and memory against image count and batch size
     python -m benchmarks.speed --publish FILE...     put measured files into benchmarks/results/ and the README
 
-Every row runs in its own process. On a CPU the rows of a part take turns; on a GPU, which may lack the memory for all of
-them, each is finished before the next begins. A row that fails says why, and the others go on. Close other programs first,
-and trust ratios more than absolute numbers.
+Every row runs in its own process. On a CPU the rows of a part take turns; on a GPU, which may lack the memory for all
+of them, each is finished before the next begins. A row that fails says why, and the others go on. Close other programs
+first, and trust ratios more than absolute numbers.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def compare(args: argparse.Namespace, device: torch.device, precision: str) -> d
 
 
 def summarize(workload: Workload, measured: list[Measurement] | str, baseline: list[float] | None) -> dict:
-    """A row of the JSON file, from its repeats (or why there are none) and ``compared_rates`` of the part's first row."""
+    """A row of the JSON file, from its repeats (or why there are none) and the ``compared_rates`` of the first row."""
     row = asdict(workload)
     if isinstance(measured, str):
         return {**row, "error": measured}
@@ -232,7 +232,7 @@ def summarize(workload: Workload, measured: list[Measurement] | str, baseline: l
 
 
 def compared_rates(workload: Workload, measured: list[Measurement] | str) -> list[float] | None:
-    """Images per second of each repeat (per core-second where rows use different numbers of cores); None if it failed."""
+    """Images per second of each repeat, or per core-second where rows differ in cores; None if the row failed."""
     if isinstance(measured, str):
         return None
     per_core = workload.part == "augmentation" and workload.device == "cpu"
@@ -273,7 +273,7 @@ def make_curves(args: argparse.Namespace, device: torch.device, precision: str) 
 
 
 def measure_scaling(args: argparse.Namespace, device: torch.device, precision: str) -> dict:
-    """Measure every curve; returns the content of the JSON file, except for ``machine``. Points that fail are left out."""
+    """Measure every curve, without points that fail; returns the content of the JSON file, except for ``machine``."""
     curves = make_curves(args, device, precision)
     progress = Progress(sum(len(workloads) for workloads in curves.values()) * (args.repeats + 1))
     return {
@@ -351,8 +351,8 @@ def how_measured(stored: dict) -> str:
     if machine["warm_up_passes"]:  # on a CPU, where the rows take turns
         turns = f"interleaved {turns}, each after {machine['warm_up_passes']} passes to warm up"
     return (
-        f"{on}batch {stored['rows'][0]['batch_size']}, median of {repeats} {turns}; matrix products run at {matmul} there "
-        f"(a share above 100%: convolutions outrun them). {packages}."
+        f"{on}batch {stored['rows'][0]['batch_size']}, median of {repeats} {turns}; matrix products run at {matmul} "
+        f"there (a share above 100%: convolutions outrun them). {packages}."
     )
 
 

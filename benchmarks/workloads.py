@@ -29,9 +29,9 @@ from utils.loaders import make_loaders
 from utils.runtime import Precision, Session10Error, pick_device, seed_everything, set_threads
 
 MIB = 1 << 20
-# Before each pass that counts, by device type. While a process waits for its turn, the memory it freed goes to others (on
-# a virtual machine even back to the host). The usual way frees most of its memory every step and took three passes to
-# settle. A GPU's memory stays with the process.
+# Before each pass that counts, by device type. While a process waits for its turn, the memory it freed goes to others
+# (on a virtual machine even back to the host). The usual way frees most of its memory every step and took three passes
+# to settle. A GPU's memory stays with the process.
 WARM_UP_PASSES = {"cpu": 3, "cuda": 0, "mps": 0}
 MANY_EPOCHS = 1000  # length of the LR cycle: more epochs than are ever measured
 
@@ -65,9 +65,9 @@ class Workload:
 class Measurement:
     """One pass.
 
-    ``cpu_seconds`` includes loader processes. ``peak_bytes`` is the peak so far: the GPU's allocations on CUDA, else the
-    resident memory of the process without its loader processes. ``first_seconds`` is the process's first pass, in which
-    torch.compile compiles.
+    ``cpu_seconds`` includes loader processes. ``peak_bytes`` is the peak so far: the GPU's allocations on CUDA, else
+    the resident memory of the process without its loader processes. ``first_seconds`` is the process's first pass, in
+    which torch.compile compiles.
     """
 
     seconds: float
@@ -255,9 +255,9 @@ def _serve(connection, device: str, threads: int | None) -> None:
 def measure(workloads: list[Workload], repeats: int, done: Callable[[str], None]) -> list[list[Measurement] | str]:
     """``repeats`` measurements of each workload, or the reason why it failed.
 
-    All are on one device. On a CPU they take turns, so that anything else on the machine slows them all alike. A GPU is
-    rarely shared and its memory is limited: there each workload is finished, and its memory freed, before the next begins.
-    ``done`` is called with a few words after each first pass and each measurement.
+    All are on one device. On a CPU they take turns, so that anything else on the machine slows them all alike. A GPU
+    is rarely shared and its memory is limited: there each workload is finished, and its memory freed, before the next
+    begins. ``done`` is called with a few words after each first pass and each measurement.
     """
     if torch.device(workloads[0].device).type != "cpu" and len(workloads) > 1:
         return [measure([workload], repeats, done)[0] for workload in workloads]

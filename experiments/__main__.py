@@ -24,7 +24,7 @@ RESULTS = runtime.PROJECT_ROOT / "experiments" / "results"
 
 
 def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[Run]:
-    """The runs of one stage: every variant with one seed before any with the next, so that a time limit cuts off whole seeds.
+    """The runs of one stage, seed by seed, so that a time limit leaves whole seeds out.
 
     Args:
         stages: by name.

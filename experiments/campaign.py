@@ -38,22 +38,14 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the campaign.
+    """One part of the campaign."""
 
-    Attributes:
-        name: in folders' names and on the command line.
-        width: of the network's first layer.
-        holdout: train images that are held out to test on; 0: the test set itself.
-        first_seed, seeds: the first seed, and how many there are.
-        changes: further settings of all its runs.
-    """
-
-    name: str
-    width: int
-    holdout: int
+    name: str  # in folders' names and on the command line
+    width: int  # of the network's first layer
+    holdout: int  # train images that are held out to test on; 0: the test set itself
     first_seed: int
-    seeds: int
-    changes: dict = dataclasses.field(default_factory=dict)
+    seeds: int  # how many
+    changes: dict = dataclasses.field(default_factory=dict)  # further settings of all its runs
 
 
 STAGES = {
@@ -79,27 +71,17 @@ class Run:
         return f"{self.stage.name}, {self.variant.name}, seed {self.seed}"
 
 
+@dataclass
 class Campaign:
-    """Makes runs, and knows those that were made here or, by their records, elsewhere.
+    """Makes runs, and knows those that were made here or, by their records, elsewhere."""
 
-    Args:
-        load: returns CIFAR-10; called when the first run needs it. Only stages without a holdout use its test images.
-        runs: the folder of the runs' folders.
-        device: to train on.
-        small: a trial of the machinery with 96 images, 3 epochs and a thin network; its figures mean nothing.
-        records: of runs that were made elsewhere.
-    """
+    load: Callable[[], ImageDataset]  # called when the first run needs the images
+    runs: Path  # the folder of the runs' folders
+    device: torch.device
+    small: bool = False  # a trial of the machinery: 96 images, 3 epochs, a thin network; its figures mean nothing
+    records: Sequence[dict] = ()  # of runs that were made elsewhere
 
-    def __init__(
-        self,
-        load: Callable[[], ImageDataset],
-        runs: Path,
-        device: torch.device,
-        *,
-        small: bool = False,
-        records: Sequence[dict] = (),
-    ):
-        self.load, self.runs, self.device, self.small, self.records = load, runs, device, small, records
+    def __post_init__(self):
         self.split = functools.lru_cache(maxsize=1)(self._split)  # each is a copy of all images
 
     @functools.cached_property
@@ -149,8 +131,8 @@ class Campaign:
         if here is not None:
             if differing := differences(here["config"], config):
                 raise Session10Error(
-                    f"{folder} holds a run with other settings ({'; '.join(differing)}): move it away, or choose another "
-                    "--runs"
+                    f"{folder} holds a run with other settings ({'; '.join(differing)}): move it away, or choose "
+                    "another --runs"
                 )
             return here
         known = (record for record in self.records if key_of(record) == (run.stage.name, run.variant.name, run.seed))

@@ -10,21 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference and how well it is known.
-
-    Attributes:
-        name: of the factor or variant.
-        value: the difference.
-        error: its standard error; None where the data give none.
-        count: runs or pairs behind it.
-        pairs: each pair's difference; empty for a factor.
-    """
+    """What a factor or a variant changes, and how well that is known."""
 
     name: str
-    value: float
-    error: float | None
-    count: int
-    pairs: tuple[float, ...] = ()
+    value: float  # the difference
+    error: float | None  # its standard error; None where the data give none
+    count: int  # runs or pairs behind it
+    pairs: tuple[float, ...] = ()  # each pair's difference; none for a factor
 
 
 def main_effects(levels: np.ndarray, blocks: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -33,8 +25,8 @@ def main_effects(levels: np.ndarray, blocks: np.ndarray, values: np.ndarray) -> 
     The model is an offset for each block plus an effect for each factor at its high level. In a whole Plackett-Burman
     design that effect is the mean of the runs with the factor less the mean of those without. The noise's standard
     deviation comes from the residuals, whose degrees of freedom (runs less unknowns) come from repeated runs of one
-    setting and from further blocks. With n runs of a balanced design each effect has a standard error of 2 sd / sqrt(n),
-    0.58 sd for 12. Two-factor interactions, if any, are spread thinly over the effects of the other factors.
+    setting and from further blocks. With n runs of a balanced design each effect has a standard error of 2 sd /
+    sqrt(n), 0.58 sd for 12. Two-factor interactions, if any, are spread thinly over the effects of the other factors.
 
     Args:
         levels: (R, F), +1 where a run has the factor, -1 where not.

@@ -23,23 +23,23 @@ NOT_FROZEN = "Nothing is frozen yet."
 MEASURES = {"score": "accuracy, mean of plain and flip TTA (points)", "test_loss": "cross-entropy (nats)"}
 PAGE = f"""# How the recipe was found
 
-Generated from [runs.json]({RECORDS_NAME}) by `python -m experiments table`; only the part on what was frozen is written by
-hand. [Every run]({RUNS_NAME}) is listed, {{count}} so far, including those that failed. Accuracies are in percent, after the
-last epoch, of the averaged weights; ± is a standard deviation over seeds after a mean, and a standard error after a
-difference or an effect.
+Generated from [runs.json]({RECORDS_NAME}) by `python -m experiments table`; only the part on what was frozen is
+written by hand. [Every run]({RUNS_NAME}) is listed, {{count}} so far, including those that failed. Accuracies are in
+percent, after the last epoch, of the averaged weights; ± is a standard deviation over seeds after a mean, and a
+standard error after a difference or an effect.
 
 ## The screen
 
-Eleven settings, each at two values, in twelve runs: a Plackett-Burman design. Each value of a setting meets each value of
-every other one equally often, so all twelve runs tell something about each of the eleven. The last run is the base. It is
-repeated with other seeds: the differences between its repetitions are the noise behind all standard errors.
+Eleven settings, each at two values, in twelve runs: a Plackett-Burman design. Each value of a setting meets each value
+of every other one equally often, so all twelve runs tell something about each of the eleven. The last run is the base.
+It is repeated with other seeds: the differences between its repetitions are the noise behind all standard errors.
 
 {{screen}}
 
 ## The confirmation
 
-The proposals follow a rule from before the screen: all factors whose effect on accuracy exceeds its standard error, and the
-three largest of these. They are tried at full width, since a narrow network, which under-fits, can mislead.
+The proposals follow a rule from before the screen: all factors whose effect on accuracy exceeds its standard error,
+and the three largest of these. They are tried at full width, since a narrow network, which under-fits, can mislead.
 
 {{confirm}}
 
@@ -126,7 +126,7 @@ def write_results(folder: Path, records: Sequence[dict], current: Sequence[dict]
     Args:
         folder: made if missing.
         records: of every run that was made.
-        current: those of them that compare with each other and with today's recipe.
+        current: those that compare with each other and with today's recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(record) for record in records)  # a line a run
@@ -190,13 +190,7 @@ def draw(records: Sequence[dict]) -> dict[str, Figure]:
 
 
 def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
-    """The page's Markdown.
-
-    Args:
-        records: the current ones.
-        count: how many there are in all.
-        frozen: the hand-written part.
-    """
+    """The page's Markdown, from the current records, the count of all records, and the hand-written part."""
     sections = {stage: _variants_section(records, stage) for stage in ("confirm", "seeds", "ablations")}
     if differences(records, "ablations", "test_accuracy"):
         sections["ablations"] += "\n\n![Ablations: test accuracy without one part of the recipe](ablations.png)"
@@ -205,13 +199,11 @@ def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
 
 def _screen_section(records: Sequence[dict]) -> str:
     settings = [[factor.name, f"`{factor.low}`", f"`{factor.high}`", factor.why] for factor in FACTORS]
-    design = [
-        [number, *("+" if level > 0 else "-" for level in row)] for number, row in enumerate(plackett_burman(), 1)
-    ]
+    signs = np.where(plackett_burman() > 0, "+", "-")
     parts = [
         markdown_table(("Setting", "Base", "Other value", "Why"), settings),
         "The design, a row a run (+: the other value; columns in the order above):",
-        markdown_table(("Run", *range(1, 12)), design),
+        markdown_table(("Run", *range(1, 12)), [[number, *row] for number, row in enumerate(signs, 1)]),
     ]
     done, answers = _done(records, "screen"), _screen_answers(records)
     if not answers:
@@ -219,8 +211,8 @@ def _screen_section(records: Sequence[dict]) -> str:
     header = ("Setting", *(f"Effect on {text}" for text in MEASURES.values()))
     rows = [[one.name, _signed(one), _signed(other, 4)] for one, other in zip(*answers.values())]
     parts += [
-        f"Main effects, from {len(done)} runs by least squares (label smoothing itself changes the cross-entropy, whatever "
-        "the accuracy does):",
+        f"Main effects, from {len(done)} runs by least squares (label smoothing itself changes the cross-entropy, "
+        "whatever the accuracy does):",
         markdown_table(header, rows),
         "![The screen: what each setting does](screen.png)",
     ]

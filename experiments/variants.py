@@ -33,8 +33,8 @@ class Factor:
     why: str
 
 
-# Settings that evidence from elsewhere supports (nearly all fast CIFAR-10 recipes share them), or that nobody has measured
-# with Adam.
+# Settings that evidence from elsewhere supports (nearly all fast CIFAR-10 recipes share them), or that nobody has
+# measured with Adam.
 FACTORS = (
     Factor(
         "LRMIN by onset",
@@ -96,8 +96,9 @@ def levels_of(changes: dict) -> list[int]:
 
 
 def confirm(effects: Sequence[Effect]) -> list[Variant]:
-    """What the screen proposes, by a rule written down before it ran: all factors whose effect on accuracy is larger than
-    its standard error, together; and the three of them with the largest effects.
+    """What the screen proposes, by a rule written down before it ran.
+
+    All factors whose effect on accuracy is larger than its standard error, together; and the three largest of these.
 
     Args:
         effects: of each factor on accuracy, named as in ``FACTORS``.

@@ -202,6 +202,12 @@ def test_runs_made_elsewhere_count_if_their_settings_are_equal(campaign, trained
     assert len(all_records(tmp_path, [older, record])) == 2
 
 
+def test_runs_of_a_smaller_width_are_not_shown_as_failed(campaign, trained):
+    record = campaign.make(RECIPES[0])
+    wider = {**record, "config": {**record["config"], "width": 64}}
+    assert "| recipe | 1 |" in page.render_page([record, wider], 2, "")
+
+
 def test_a_locked_run_is_left_for_later(campaign, trained, monkeypatch):
     make, refused = Campaign.make, []
 

@@ -1,11 +1,11 @@
-"""Everything that takes a GPU to see, in one command; it needs CIFAR-10 (``$CIFAR10_DIR``), and no network.
+"""Everything that takes a GPU to see, in one command. It needs CIFAR-10 (``$CIFAR10_DIR``), but no network.
 
     python -m benchmarks.gpu --budget-minutes 9       about 15 minutes in all, into runs/bench/gpu.json
 
-24 epochs, first and second time in a process, eager and with each of torch.compile's modes; the same with tests only at
-the end, and bit-identical (``deterministic``); the usual way beside it; a checkpoint's cost; and what a step spends its
-time on. Each row runs in a process of its own: one that fails says why and costs nothing but itself. Rows that the JSON
-file holds already are not measured again, so the same command goes on where a time limit ended it.
+Times 24 epochs, the first and the second time in a process, eager and with each of torch.compile's modes; with a test
+only at the end; bit-identical (``deterministic``); and the usual way beside them. Also measures what a checkpoint
+costs and what a step spends its time on. Each row runs in its own process: one that fails says why, and the others go
+on. Rows that the JSON file already holds are not measured again, so the same command goes on after a time limit.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.reference import (
-    make_reference_loader,
-    make_reference_model,
-    make_reference_optimizer,
-    train_reference_epoch,
-)
 from benchmarks.speed import (
     COMPILE_MODES,
+    EPOCH_IMAGES,
     Progress,
     add_machine_arguments,
     describe_machine,
@@ -36,16 +33,16 @@ from benchmarks.speed import (
     markdown_table,
     write_json,
 )
-from benchmarks.workloads import RowError, Worker, Workload, prepare, profile_pass, timed
+from benchmarks.workloads import RowError, Worker, Workload, make_pass, timed
 from utils import engine
 from utils.config import Config, full
-from utils.dataset import ImageDataset, load_dataset
+from utils.dataset import load_dataset
 from utils.loaders import make_loaders
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.door import run_door
 from utils.runtime import pick_device, pick_precision, say, seed_everything, write_atomically
 
-LRS = (1e-3, 1e-2)  # no range test: a schedule's numbers do not change its speed
+LRS = (1e-3, 1e-2)  # no range test: the LRs do not change the speed
 FILE_NAME = "gpu.json"
 
 
@@ -65,8 +62,11 @@ def new_run(config: Config, device: str) -> tuple[engine.TrainState, tuple]:
     return engine.start(model, config, *LRS, len(loaders[0]), precision), loaders
 
 
+# --- the rows: each returns what goes into the JSON file, with a ``text`` for the table -------------------------------
+
+
 def time_run(config: Config, device: str) -> dict:
-    """A whole training, twice in this process: the first pays for what is compiled and chosen once."""
+    """A whole training, twice in this process: the first one pays for what is compiled and chosen once."""
     seconds = []
     for _ in range(2):
         state, loaders = new_run(config, device)
@@ -79,21 +79,17 @@ def time_run(config: Config, device: str) -> dict:
     }
 
 
-def time_usual_way(config: Config, device: str, num_workers: int) -> dict:
-    """One epoch of the usual way with zero padding, after one that does not count, times the epochs."""
-    dataset: ImageDataset = load_dataset().subset(config.train_images, config.test_images)
-    loader = make_reference_loader(dataset, config.batch_size, num_workers, torch.device(device))
-    model = make_reference_model("zeros", config.width).to(device)
-    optimizer = make_reference_optimizer(model)
-    epoch = partial(train_reference_epoch, model, loader, optimizer, torch.device(device))
+def time_usual_way(workload: Workload, epochs: int) -> dict:
+    """``epochs`` times the second epoch of the usual way."""
+    epoch = make_pass(workload)
     epoch()
     seconds = timed(epoch)
-    text = f"{config.epochs * seconds:.1f} s ({config.epochs} times one epoch of {seconds:.2f} s, no tests)"
-    return {"seconds": config.epochs * seconds, "text": text}
+    text = f"{epochs * seconds:.1f} s ({epochs} times one epoch of {seconds:.2f} s, no tests)"
+    return {"seconds": epochs * seconds, "text": text}
 
 
 def time_checkpoint(config: Config, device: str) -> dict:
-    """A checkpoint after one epoch: to the host, hashed, written and flushed to the disk."""
+    """A checkpoint after one epoch: copied to the host, hashed, written and flushed to the disk."""
     state, loaders = new_run(config, device)
     engine.train_epoch(state, loaders[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -108,42 +104,62 @@ def time_checkpoint(config: Config, device: str) -> dict:
 
 
 def profile_step(workload: Workload) -> dict:
-    """What a step spends its time on; the whole table goes into the JSON file."""
-    prepare(workload)
-    found = profile_pass(workload.images // workload.batch_size)
-    launches = f", {found['launches_per_step']:.0f} launches" if "launches_per_step" in found else ""
-    return {**found, "text": f"{found['ms_per_step']:.2f} ms{launches}"}
+    """What a step spends its time on.
+
+    Returns:
+        ``table`` (the 20 operations that take most time), ``ms_per_step`` (without the profiler) and, on a GPU,
+        ``gpu_ms_per_step`` (sum of its kernels' times) and ``launches_per_step``.
+    """
+    on_cuda = torch.device(workload.device).type == "cuda"
+    steps = workload.images // workload.batch_size
+    run_pass = make_pass(workload)
+    run_pass()
+    seconds = timed(run_pass)
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda) as profiler:
+        timed(run_pass)
+    events = profiler.key_averages()
+    sort_by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    found = {
+        "table": events.table(sort_by=sort_by, row_limit=20, max_name_column_width=60),
+        "ms_per_step": 1000 * seconds / steps,
+    }
+    text = f"{found['ms_per_step']:.2f} ms"
+    if on_cuda:
+        on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+        kernels = [event for event in on_gpu if not getattr(event, "is_user_annotation", False)]
+        found["gpu_ms_per_step"] = sum(event.self_device_time_total for event in kernels) / 1000 / steps
+        found["launches_per_step"] = sum(event.count for event in events if "LaunchKernel" in event.key) / steps
+        text += f", {found['launches_per_step']:.0f} launches"
+    return {**found, "text": text}
 
 
 def make_rows(args: argparse.Namespace, device: torch.device) -> list[tuple[str, str, Callable]]:
-    """(part, name, function) of every row, the most wanted first; each function runs in a process of its own."""
+    """(part, name, function) of every row, the most wanted first; each function runs in its own process."""
     precision = pick_precision("auto", device).name
     config, name = partial(config_of, args.quick), str(device)
-    run = f"{config().epochs} epochs"
-    steps = 2 if args.quick else 50
-    step = Workload(
-        "step",
-        "step",
-        images=steps * args.batch_size,
-        batch_size=args.batch_size,
-        device=name,
-        precision=precision,
-        width=args.width,
-    )
-    modes = () if args.quick else COMPILE_MODES[1:]
+    recipe = config()
+    part = f"{recipe.epochs} epochs"
+    make = partial(Workload, device=name, batch_size=recipe.batch_size, width=recipe.width)
+    images, steps = recipe.train_images or EPOCH_IMAGES, 2 if args.quick else 50
+    usual = make("training", "usual way", images=images, reference=True, num_workers=args.num_workers)
+    step = make("step", "a step", images=steps * recipe.batch_size, precision=precision)
+    modes = () if args.quick else COMPILE_MODES
     return [
-        (run, f"ours, {precision}", partial(time_run, config(), name)),
-        (run, "usual way, fp32, zero padding", partial(time_usual_way, config(), name, args.num_workers)),
-        (run, f"ours, {precision}, one test", partial(time_run, config(eval_every=config().epochs), name)),
-        *((run, f"ours, compile {mode}", partial(time_run, config(compile=mode), name)) for mode in modes),
-        (run, "ours, deterministic", partial(time_run, config(deterministic=True), name)),
-        ("once", "a checkpoint", partial(time_checkpoint, config(), name)),
+        (part, f"ours, {precision}", partial(time_run, recipe, name)),
+        (part, "usual way, fp32, zero padding", partial(time_usual_way, usual, recipe.epochs)),
+        (part, f"ours, {precision}, one test", partial(time_run, config(eval_every=recipe.epochs), name)),
+        *((part, f"ours, compile {mode}", partial(time_run, config(compile=mode), name)) for mode in modes),
+        (part, "ours, deterministic", partial(time_run, config(deterministic=True), name)),
+        ("once", "a checkpoint", partial(time_checkpoint, recipe, name)),
         ("once", "a step", partial(profile_step, step)),
     ]
 
 
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
 def measure_all(args: argparse.Namespace) -> dict:
-    """Measure what the file does not hold yet; returns its content."""
+    """Measure the rows that the file does not hold yet; returns its content."""
     began = time.monotonic()
     device = pick_device(args.device)
     fill_in(args, device)
@@ -186,7 +202,7 @@ def measure_all(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_machine_arguments(parser)
-    parser.add_argument("--budget-minutes", type=float, help="stop after so many minutes, in mid-row if need be")
+    parser.add_argument("--budget-minutes", type=float, help="stop after so many minutes, even within a row")
     parser.set_defaults(batch_size=None, images=None, repeats=None)
     args = parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
 """The baseline: the usual way to train this network, kept as slow as it is usually written.
 
-Albumentations image by image in loader processes, float32, NCHW, Adam one parameter at a time, and a wait for the device
-after every step to read the loss.
+Albumentations image by image in loader processes, float32, NCHW, Adam one parameter at a time, and a wait for the
+device after every step to read the loss.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from utils.loaders import AlbumentationsDataset
 from utils.transforms import train_transform
 
 
-def make_reference_loader(dataset: ImageDataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
+def make_loader(dataset: ImageDataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
     """torch's own loader of augmented (B, 3, 32, 32) float32 images, in NCHW on the CPU, and (B,) int64 labels."""
     augmented = AlbumentationsDataset(dataset.train_images, dataset.train_labels, train_transform())
     return DataLoader(augmented, batch_size, shuffle=True, num_workers=num_workers, pin_memory=device.type == "cuda")
 
 
-def make_reference_model(padding: str = "replicate", width: int = 64) -> CustomResNet:
+def make_model(padding: str, width: int) -> CustomResNet:
     """Our network with unscaled logits: the same parameters, the same FLOPs.
 
     Args:
-        padding: of the convolutions: "replicate", as in the original write-up, or "zeros", as most people have it.
+        padding: of the convolutions: "replicate", as in the original write-up, or "zeros", the common choice.
         width: channels of the first layer.
     """
     model = CustomResNet(logit_scale=1.0, width=width)
@@ -41,23 +41,13 @@ def make_reference_model(padding: str = "replicate", width: int = 64) -> CustomR
     return model
 
 
-def make_reference_optimizer(model: nn.Module) -> Adam:
-    """Adam with coupled weight decay and a handful of kernels for each parameter."""
+def make_optimizer(model: nn.Module) -> Adam:
+    """Adam with coupled weight decay, launching a handful of kernels for each parameter."""
     return Adam(model.parameters(), lr=1e-4, weight_decay=1e-4, foreach=False, fused=False)
 
 
-def train_reference_epoch(model: nn.Module, loader: Iterable, optimizer: Adam, device: torch.device) -> float:
-    """One pass over ``loader`` as most tutorials write it.
-
-    Args:
-        model: the network, on ``device``.
-        loader: (B, 3, 32, 32) float32 images and (B,) int64 labels.
-        optimizer: updates ``model``.
-        device: where the batches go.
-
-    Returns:
-        Mean of the batches' losses.
-    """
+def train_epoch(model: nn.Module, loader: Iterable, optimizer: Adam, device: torch.device) -> float:
+    """One pass over ``loader`` as most tutorials write it; returns the mean of the batches' losses."""
     model.train()
     loss_sum = correct = count = 0
     bar = tqdm(loader, leave=False, unit="batch")

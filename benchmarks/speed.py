@@ -5,9 +5,9 @@
     python -m benchmarks.speed --scaling             time and memory against image count and batch size
     python -m benchmarks.speed --publish FILE...     put measured files into benchmarks/results/ and the README
 
-Every row runs in a process of its own. On a CPU the rows of a part take turns; on a GPU, whose memory may not hold them
-all, one is done before the next begins. A row that fails says why and costs nothing but itself. Close other programs
-first, and trust ratios before absolute numbers.
+Every row runs in its own process. On a CPU the rows of a part take turns; on a GPU, which may lack the memory for all
+of them, each is finished before the next begins. A row that fails says why, and the others go on. Close other programs
+first, and trust ratios more than absolute numbers.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from utils.runtime import (
     write_atomically,
 )
 
-# The processes that measure inherit both. What an earlier run compiled must not shorten a first pass.
+# The measuring processes inherit both. Results cached by an earlier run must not shorten a first pass that compiles.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 STORED = PROJECT_ROOT / "benchmarks" / "results"
 MEASURED = PROJECT_ROOT / "runs" / "bench"
-TABLES = ("speed-cpu.json", "speed-cuda.json", "gpu.json")  # those in STORED make the README's part, in this order
-COMPILE_MODES = get_args(get_type_hints(Config)["compile"])
+TABLES = ("speed-cpu.json", "speed-cuda.json", "gpu.json")  # the files in STORED that the README shows, in this order
+COMPILE_MODES = get_args(get_type_hints(Config)["compile"])[1:]  # without "off"
 EPOCH_IMAGES = 50_000  # CIFAR-10's train images: what "an epoch" is extrapolated to
 IMAGE_BYTES = 32 * 32 * 3
-QUICK_WIDTH = 8  # a network of a 64th of the work
+QUICK_WIDTH = 8  # a network with a 64th of the work
 
 UNITS = {
     "images_per_second": "images / s, wall clock",
@@ -69,7 +69,7 @@ UNITS = {
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
+    """The options of every benchmark."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--num-workers", type=int, help="processes of the usual way's DataLoader (default: 2; GPU: 8)")
@@ -86,9 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images a training step (default: 512)")
     parser.add_argument("--images", type=int, help="images a training pass (default: GPU 50,000; CPU one batch)")
     parser.add_argument("--repeats", type=int, help="passes of every row (default: GPU 5, CPU 3)")
-    parser.add_argument(
-        "--compile", nargs="+", default=[], choices=COMPILE_MODES[1:], help="torch.compile's modes, a row each"
-    )
+    parser.add_argument("--compile", nargs="+", default=[], choices=COMPILE_MODES, help="add a row for each mode")
     args = parser.parse_args(argv)
     for name in ("batch_size", "images", "repeats"):
         if (getattr(args, name) or 1) < 1:
@@ -97,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, device: torch.device) -> None:
-    """The sizes that the command line left open, as they suit ``device``."""
+    """Set the sizes that the command line left open to what suits ``device``."""
     on_cpu = device.type == "cpu"
     args.batch_size = args.batch_size or (8 if args.quick else Config().batch_size)
     args.images = args.images or (args.batch_size if on_cpu or args.quick else EPOCH_IMAGES)
@@ -109,23 +107,44 @@ def fill_in(args: argparse.Namespace, device: torch.device) -> None:
         raise ConfigError(f"--batch-size is {args.batch_size}, more than the --images {args.images}: lower it")
 
 
+def describe_machine(args: argparse.Namespace, device: torch.device) -> dict:
+    if args.threads:
+        set_threads(args.threads)
+    packages = {name: version(name) for name in ("albumentations", "torchvision")}
+    return {
+        "device": device_name(device),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "loader_processes": args.num_workers,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions() | packages,
+        "commit": code_commit(),
+        "warm_up_passes": WARM_UP_PASSES[device.type],
+        "quick": args.quick,
+    }
+
+
+class Progress:
+    """Prints a line for each thing that is done, with its number, the total and the time so far."""
+
+    def __init__(self, total: int):
+        self.total, self.count, self.began = total, 0, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        self.count += 1
+        say(f"[{self.count:>2}/{self.total}, {time.monotonic() - self.began:>4.0f} s] {what}")
+
+
 # --- the rows ---------------------------------------------------------------------------------------------------------
 
 
 def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -> dict[str, list[Workload]]:
-    """The rows of each part; the first is what the others are compared with.
-
-    Args:
-        args: sizes.
-        device: where to run.
-        precision: what "auto" comes to here.
-    """
+    """The rows of each part; the others are compared with the first. ``precision`` is what "auto" picks here."""
     on_cpu = device.type == "cpu"
     make = partial(Workload, device=str(device), threads=args.threads, width=args.width)
-    usual = dict(reference=True, num_workers=args.num_workers)
     usual = [
-        dict(usual, name="usual way, fp32, replicated borders", padding="replicate"),
-        dict(usual, name="usual way, fp32, zero padding"),
+        dict(name=f"usual way, fp32, {words}", reference=True, num_workers=args.num_workers, padding=padding)
+        for words, padding in (("replicated borders", "replicate"), ("zero padding", "zeros"))
     ]
     ours = [dict(name="ours, fp32")]
     if precision != "fp32":
@@ -136,21 +155,24 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
     others = [dict(default, name=f"{default['name']}, compile {mode}", compile=mode) for mode in args.compile]
     if device.type == "cuda":  # in bf16, batch norm has torch's own kernels; in fp16, cuDNN's
         half = dict(name="ours, fp16", precision="fp16")
-        others += [half] * (precision != "fp16") + [dict(half, name="ours, fp16, native batch norm", native_norm=True)]
+        if precision != "fp16":
+            others.append(half)
+        others.append(dict(half, name="ours, fp16, native batch norm", native_norm=True))
 
     train = partial(make, images=args.images, batch_size=args.batch_size)
     test_images = 20 if args.quick else 1000 if on_cpu else 10_000
     test = partial(make, "evaluation", images=test_images, batch_size=min(Config().eval_batch_size, test_images))
     loaded_images = max(args.batch_size, 100 if args.quick else 10_000 if on_cpu else EPOCH_IMAGES)
     augment = partial(make, "augmentation", images=loaded_images, batch_size=args.batch_size)
-    multiply = partial(
-        make, "matmul", images=1 if on_cpu else 50, batch_size=256 if args.quick else 4096 if on_cpu else 8192
-    )
+    side = 256 if args.quick else 4096 if on_cpu else 8192
+    multiply = partial(make, "matmul", images=1 if on_cpu else 50, batch_size=side)
     precisions = dict.fromkeys(row.get("precision", "fp32") for row in [*ours, *others])
     return {
         "training": [train("training", **row) for row in [*usual, *ours]],
-        "step": [train("step", **row) for row in [*usual, *ours, *others]]
-        + [multiply(f"matrix products, {name}", precision=name) for name in precisions],
+        "step": [
+            *(train("step", **row) for row in [*usual, *ours, *others]),
+            *(multiply(f"matrix products, {name}", precision=name) for name in precisions),
+        ],
         "evaluation": [test(**row) for row in [*ours, dict(default, name=f"{default['name']}, flip TTA", tta=True)]],
         "augmentation": [
             augment("Albumentations, DataLoader", reference=True, num_workers=args.num_workers),
@@ -160,61 +182,8 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
-def summarize(workload: Workload, measured: list[Measurement] | str, baseline: list[float] | None) -> dict:
-    """A row of the JSON.
-
-    Args:
-        workload: the row.
-        measured: its repeats, or why there are none.
-        baseline: the rates of the part's first row, one a repeat; None where that failed.
-    """
-    row = asdict(workload)
-    if isinstance(measured, str):
-        return {**row, "error": measured}
-    flop = count_flop(workload.part, workload.width) * (2 if workload.tta else 1)
-    images = workload.images
-    row |= {
-        "repeats": len(measured),
-        "images_per_second": spread([images / each.seconds for each in measured]),
-        "first_pass_seconds": measured[0].first_seconds,
-        "peak_memory_mib": max(each.peak_bytes for each in measured) / MIB,
-    }
-    if baseline:
-        row["speedup"] = spread([rate / base for rate, base in zip(compared_rates(workload, measured), baseline)])
-    if workload.part == "augmentation":
-        row["images_per_core_second"] = spread([images / each.cpu_seconds for each in measured])
-    else:
-        row["gflop_per_second"] = spread([flop * images / each.seconds / 1e9 for each in measured])
-    if workload.part in ("training", "step"):
-        row["seconds_per_epoch"] = spread([each.seconds * EPOCH_IMAGES / images for each in measured])
-    return row
-
-
-def compared_rates(workload: Workload, measured: list[Measurement] | str) -> list[float] | None:
-    """Images a second, one a repeat: of wall time, but per core where rows use different numbers of cores."""
-    if isinstance(measured, str):
-        return None
-    per_core = workload.part == "augmentation" and workload.device == "cpu"
-    return [workload.images / (each.cpu_seconds if per_core else each.seconds) for each in measured]
-
-
-class Progress:
-    """Prints a line for each thing that is done: which of how many it is, and after how long."""
-
-    def __init__(self, total: int):
-        self.total, self.count, self.began = total, 0, time.monotonic()
-
-    def __call__(self, what: str) -> None:
-        self.count += 1
-        say(f"[{self.count:>2}/{self.total}, {time.monotonic() - self.began:>4.0f} s] {what}")
-
-
 def compare(args: argparse.Namespace, device: torch.device, precision: str) -> dict:
-    """Measure every part; returns what goes into the JSON file."""
+    """Measure every part; returns the content of the JSON file, except for ``machine``."""
     parts = make_parts(args, device, precision)
     progress = Progress(sum(len(workloads) for workloads in parts.values()) * (args.repeats + 1))
     rows, matmul = [], {}
@@ -238,21 +207,40 @@ def compare(args: argparse.Namespace, device: torch.device, precision: str) -> d
     }
 
 
-def describe_machine(args: argparse.Namespace, device: torch.device) -> dict:
-    if args.threads:
-        set_threads(args.threads)
-    packages = {name: version(name) for name in ("albumentations", "torchvision")}
-    return {
-        "device": device_name(device),
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "loader_processes": args.num_workers,
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions() | packages,
-        "commit": code_commit(),
-        "warm_up_passes": WARM_UP_PASSES[device.type],
-        "quick": args.quick,
+def summarize(workload: Workload, measured: list[Measurement] | str, baseline: list[float] | None) -> dict:
+    """A row of the JSON file, from its repeats (or why there are none) and the ``compared_rates`` of the first row."""
+    row = asdict(workload)
+    if isinstance(measured, str):
+        return {**row, "error": measured}
+    rates = [workload.images / each.seconds for each in measured]
+    row |= {
+        "repeats": len(measured),
+        "images_per_second": spread(rates),
+        "first_pass_seconds": measured[0].first_seconds,
+        "peak_memory_mib": max(each.peak_bytes for each in measured) / MIB,
     }
+    if baseline:
+        row["speedup"] = spread([rate / base for rate, base in zip(compared_rates(workload, measured), baseline)])
+    if workload.part == "augmentation":
+        row["images_per_core_second"] = spread([workload.images / each.cpu_seconds for each in measured])
+    else:
+        flop = count_flop(workload.part, workload.width) * (2 if workload.tta else 1)
+        row["gflop_per_second"] = spread([flop * rate / 1e9 for rate in rates])
+    if workload.part in ("training", "step"):
+        row["seconds_per_epoch"] = spread([EPOCH_IMAGES / rate for rate in rates])
+    return row
+
+
+def compared_rates(workload: Workload, measured: list[Measurement] | str) -> list[float] | None:
+    """Images per second of each repeat, or per core-second where rows differ in cores; None if the row failed."""
+    if isinstance(measured, str):
+        return None
+    per_core = workload.part == "augmentation" and workload.device == "cpu"
+    return [workload.images / (each.cpu_seconds if per_core else each.seconds) for each in measured]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 # --- how cost grows ---------------------------------------------------------------------------------------------------
@@ -261,36 +249,31 @@ def describe_machine(args: argparse.Namespace, device: torch.device) -> dict:
 def make_curves(args: argparse.Namespace, device: torch.device, precision: str) -> dict[str, list[Workload]]:
     """The points of each curve, smallest first; a CPU gets sizes that it finishes within minutes.
 
-    Time should grow in proportion. Memory should stay flat but for the images themselves, or for a batch's activations.
+    Time should grow in proportion. Memory should stay flat except for the images, or for a batch's activations.
     """
     on_cpu = device.type == "cpu"
     batch = 8 if args.quick else 128 if on_cpu else 512
     training = 4 * batch if on_cpu or args.quick else EPOCH_IMAGES
     loading = 100 * batch if args.quick else 100_000
     passes = 1 if on_cpu else 20
-    packed = on_cpu and precision == "bf16"
-    make = partial(
-        Workload, device=str(device), precision=precision, threads=args.threads, width=args.width, packed=packed
-    )
-
-    def points(part: str, images: Sequence[int], batches: Sequence[int]) -> list[Workload]:
-        sizes = zip(images, batches)
-        return [make(part, f"{part} of {count:,}", images=count, batch_size=size) for count, size in sizes]
-
     batches = [batch * factor // 2 for factor in (1, 2, 4, 8, 16)]
+    curves = {  # part, images and batch size of each point
+        "training, by image count": [("training", training * factor // 4, batch) for factor in (1, 2, 4, 8)],
+        "loading and augmentation, by image count": [
+            ("augmentation", loading * factor // 8, batch) for factor in (1, 2, 4, 8)
+        ],
+        "step, by batch size": [("step", size * passes, size) for size in batches],
+    }
+    common = dict(device=str(device), precision=precision, threads=args.threads, width=args.width)
+    common["packed"] = on_cpu and precision == "bf16"
     return {
-        "training, by image count": points(
-            "training", [training * factor // 4 for factor in (1, 2, 4, 8)], 4 * [batch]
-        ),
-        "loading and augmentation, by image count": points(
-            "augmentation", [loading * factor // 8 for factor in (1, 2, 4, 8)], 4 * [batch]
-        ),
-        "step, by batch size": points("step", [size * passes for size in batches], batches),
+        title: [Workload(part, f"{part} of {images:,}", images, size, **common) for part, images, size in points]
+        for title, points in curves.items()
     }
 
 
 def measure_scaling(args: argparse.Namespace, device: torch.device, precision: str) -> dict:
-    """Measure every curve; returns what goes into the JSON file. A point that fails is left out."""
+    """Measure every curve, without points that fail; returns the content of the JSON file, except for ``machine``."""
     curves = make_curves(args, device, precision)
     progress = Progress(sum(len(workloads) for workloads in curves.values()) * (args.repeats + 1))
     return {
@@ -318,44 +301,15 @@ def scaling_table(stored: dict) -> str:
     rows = []
     for title, points in stored["curves"].items():
         rows.append((f"**{title}**", "", "", "", ""))
-        rows += [
-            (
-                f"{point['images']:,}",
-                f"{point['batch_size']:,}",
-                f"{point['seconds']:.3f}",
-                f"{1000 * point['seconds'] / point['images']:.3f}",
-                f"{point['peak_memory_mib']:,.0f} MiB",
-            )
-            for point in points
-        ]
+        for point in points:
+            images, seconds = point["images"], point["seconds"]
+            sizes = f"{images:,}", f"{point['batch_size']:,}"
+            memory = f"{point['peak_memory_mib']:,.0f} MiB"
+            rows.append((*sizes, f"{seconds:.3f}", f"{1000 * seconds / images:.3f}", memory))
     return aligned_table(("images", "batch", "seconds", "ms an image", "peak memory"), rows)
 
 
 # --- what is printed and published ------------------------------------------------------------------------------------
-
-
-def format_spread(values: dict[str, float] | None, digits: int = 0) -> str:
-    if values is None:
-        return ""
-    middle, low, high = (f"{values[name]:,.{digits}f}" for name in ("median", "min", "max"))
-    return middle if low == high else f"{middle} ({low}-{high})"
-
-
-def row_name(row: dict) -> str:
-    """The row's name; where it was compiled, with what that cost once."""
-    if row.get("compile", "off") == "off" or "first_pass_seconds" not in row:
-        return row["name"]
-    return f"{row['name']} (first {row['images']:,} images: {row['first_pass_seconds']:.0f} s)"
-
-
-def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that also reads well as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    padded = [
-        [cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))]
-        for row in (header, *rows)
-    ]
-    return report.markdown_table(padded[0], padded[1:], align="l" + "r" * (len(header) - 1))
 
 
 def markdown_table(stored: dict) -> str:
@@ -367,7 +321,7 @@ def markdown_table(stored: dict) -> str:
             core = ", a core" if "images_per_core_second" in row else ""
             lines.append((f"**{part}**{core}", "", "", "", ""))
         if "error" in row or "text" in row:
-            lines.append((row_name(row), row.get("text") or f"failed: {row['error']}".replace("|", "/"), "", "", ""))
+            lines.append((row["name"], row.get("text") or f"failed: {row['error']}".replace("|", "/"), "", "", ""))
             continue
         lines.append(
             (
@@ -375,7 +329,7 @@ def markdown_table(stored: dict) -> str:
                 format_spread(row.get("images_per_core_second", row["images_per_second"])),
                 f"{row['matmul_fraction']:.0%}" if "matmul_fraction" in row else "",
                 f"{row['peak_memory_mib']:,.0f} MiB",
-                format_spread(row.get("speedup"), 1),
+                format_spread(row["speedup"], 1) if "speedup" in row else "",
             )
         )
     columns = ("images / s", "of the matrix-product rate", "peak memory", "times the first row")
@@ -383,7 +337,7 @@ def markdown_table(stored: dict) -> str:
 
 
 def how_measured(stored: dict) -> str:
-    """On what and how, in a sentence or two."""
+    """On which machine and how, in a sentence or two."""
     machine = stored["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     on = f"Measured alone on {machine['device']}, {machine['loader_processes']} loader processes; "
@@ -393,17 +347,39 @@ def how_measured(stored: dict) -> str:
         f"{rate['median']:,.0f} GFLOP/s in {name}" for name, rate in stored["matmul_gflop_per_second"].items()
     )
     repeats = next((row["repeats"] for row in stored["rows"] if "repeats" in row), 0)
-    # Interleaving and warming up are for CPUs (see workloads.py).
-    turns = f"interleaved repeats with their range, each after {machine['warm_up_passes']} passes to warm up"
+    turns = "repeats with their range"
+    if machine["warm_up_passes"]:  # on a CPU, where the rows take turns
+        turns = f"interleaved {turns}, each after {machine['warm_up_passes']} passes to warm up"
     return (
-        f"{on}batch {stored['rows'][0]['batch_size']}, median of {repeats} "
-        f"{turns if machine['warm_up_passes'] else 'repeats with their range'}; matrix products run at {matmul} there (a "
-        f"share above 100%: convolutions outrun them). {packages}."
+        f"{on}batch {stored['rows'][0]['batch_size']}, median of {repeats} {turns}; matrix products run at {matmul} "
+        f"there (a share above 100%: convolutions outrun them). {packages}."
     )
 
 
+def row_name(row: dict) -> str:
+    """The row's name; for a compiled row, with the time of the pass that compiled."""
+    if row["compile"] == "off":
+        return row["name"]
+    return f"{row['name']} (first {row['images']:,} images: {row['first_pass_seconds']:.0f} s)"
+
+
+def format_spread(values: dict[str, float], digits: int = 0) -> str:
+    middle, low, high = (f"{values[name]:,.{digits}f}" for name in ("median", "min", "max"))
+    return middle if low == high else f"{middle} ({low}-{high})"
+
+
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that also reads well as text: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    header, *rows = (
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        for row in (header, *rows)
+    )
+    return report.markdown_table(header, rows, align="l" + "r" * (len(header) - 1))
+
+
 def readme_part() -> str:
-    """The README's generated part "speed": the tables of all that is stored."""
+    """The README's generated part "speed": the tables of all stored files."""
     paths = [STORED / name for name in TABLES]
     return "\n\n".join(markdown_table(json.loads(path.read_text("utf-8"))) for path in paths if path.exists())
 
@@ -412,7 +388,7 @@ def publish(files: Sequence[Path], readme: Path = PROJECT_ROOT / "README.md") ->
     """Put measured files into benchmarks/results/, and redraw what is made from them.
 
     Raises:
-        ConfigError: a file was not written by a benchmark, or by one with ``--quick``.
+        ConfigError: a file was not written by a benchmark, or was measured with ``--quick``.
     """
     for path in files:
         try:
@@ -437,7 +413,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """The whole command."""
     if args.publish:
         publish(args.publish)
         return

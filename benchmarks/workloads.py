@@ -1,6 +1,6 @@
-"""What is measured: each ``Workload`` runs in a process of its own, so that its peak memory is its own too.
+"""What is measured. Each ``Workload`` runs in its own process, so that its peak memory is its own too.
 
-Images are random pixels: the time of every workload depends on their number, never on what they show.
+The images are random pixels: the time depends on how many there are, not on what they show.
 """
 
 from __future__ import annotations
@@ -17,16 +17,9 @@ from multiprocessing import get_context, set_start_method
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.reference import (
-    make_reference_loader,
-    make_reference_model,
-    make_reference_optimizer,
-    train_reference_epoch,
-)
+from benchmarks import reference
 from models import CustomResNet
 from models.packed import pack_small_maps
 from utils.config import Config
@@ -36,59 +29,45 @@ from utils.loaders import make_loaders
 from utils.runtime import Precision, Session10Error, pick_device, seed_everything, set_threads
 
 MIB = 1 << 20
-# Before each pass that counts, by device type. While a process waits for its turn, the memory it has freed goes elsewhere
-# (from a virtual machine even back to its host), and the usual way, which frees most of it every step, took three passes to
-# settle. A GPU's memory stays with the process.
+# Before each pass that counts, by device type. While a process waits for its turn, the memory it freed goes to others
+# (on a virtual machine even back to the host). The usual way frees most of its memory every step and took three passes
+# to settle. A GPU's memory stays with the process.
 WARM_UP_PASSES = {"cpu": 3, "cuda": 0, "mps": 0}
-MANY_EPOCHS = 1000  # length of the LR cycle, more than are ever measured
+MANY_EPOCHS = 1000  # length of the LR cycle: more epochs than are ever measured
 
 
 @dataclass(frozen=True)
 class Workload:
     """One row of the table.
 
-    Attributes:
-        part: "training" (loader and step), "step" (one ready batch again and again), "evaluation", "augmentation"
-            (the train loader alone), or "matmul" (the machine's rate for matrix products).
-        name: what the row is called.
-        images: how many a pass takes; for "matmul", how many products.
-        batch_size: images a batch; for "matmul", the side of the square matrices.
-        device: "cpu", "cuda" or "cuda:N".
-        reference: the usual way instead of ours.
-        padding: of the reference's convolutions, "replicate" or "zeros"; ours pads with zeros.
-        precision: "fp32", "bf16" or "fp16"; the reference is fp32.
-        packed: lay small maps side by side (models/packed.py).
-        native_norm: torch's own batch norm also where cuDNN's would run (on CUDA, in fp32 and fp16).
-        tta: evaluate the mirror images too.
-        num_workers: loader processes of the reference.
-        threads: CPU threads, None for torch's choice.
-        compile: ``torch.compile``'s mode, or "off".
-        width: channels of the network's first layer.
+    ``part`` is "training" (loader and step), "step" (the same batch again and again), "evaluation", "augmentation" (the
+    train loader alone) or "matmul" (the machine's rate for matrix products).
     """
 
     part: str
     name: str
-    images: int
-    batch_size: int
-    device: str
-    reference: bool = False
-    padding: str = "zeros"
-    precision: str = "fp32"
-    packed: bool = False
-    native_norm: bool = False
-    tta: bool = False
-    num_workers: int = 0
-    threads: int | None = None
-    compile: str = "off"
-    width: int = 64
+    images: int  # per pass; for "matmul", the number of products
+    batch_size: int  # for "matmul", the side of the square matrices
+    device: str  # "cpu", "cuda" or "cuda:N"
+    reference: bool = False  # the usual way instead of ours
+    padding: str = "zeros"  # of the reference's convolutions, "replicate" or "zeros"; ours pads with zeros
+    precision: str = "fp32"  # "fp32", "bf16" or "fp16"; the reference is fp32
+    packed: bool = False  # lay small maps side by side (models/packed.py)
+    native_norm: bool = False  # torch's own batch norm where cuDNN's would run (on CUDA, in fp32 and fp16)
+    tta: bool = False  # evaluate the mirror images too
+    num_workers: int = 0  # loader processes of the reference
+    threads: int | None = None  # CPU threads, None for torch's choice
+    compile: str = "off"  # torch.compile's mode
+    width: int = 64  # channels of the network's first layer
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One pass: wall time, CPU time of the process and its loader processes, and the peak memory so far.
+    """One pass.
 
-    ``first_seconds`` is the wall time of the process's first pass, in which torch.compile compiles. Memory is the GPU's
-    allocations on CUDA, else the resident memory of the process (loader processes not counted).
+    ``cpu_seconds`` includes loader processes. ``peak_bytes`` is the peak so far: the GPU's allocations on CUDA, else
+    the resident memory of the process without its loader processes. ``first_seconds`` is the process's first pass, in
+    which torch.compile compiles.
     """
 
     seconds: float
@@ -101,7 +80,7 @@ class Measurement:
 
 
 def make_pass(workload: Workload) -> Callable[[], object]:
-    """Set ``workload`` up; each call of what comes back is one pass over its images."""
+    """Set ``workload`` up; each call of the result is one pass over its images."""
     if workload.part == "matmul":
         return _make_matmul(workload)
     device = torch.device(workload.device)
@@ -116,7 +95,7 @@ def make_pass(workload: Workload) -> Callable[[], object]:
     tested = workload.images if workload.part == "evaluation" else 1  # no second copy where it is not used
     dataset = random_images(workload.images, tested)
     if workload.reference:
-        train_loader = make_reference_loader(dataset, workload.batch_size, workload.num_workers, device)
+        train_loader = reference.make_loader(dataset, workload.batch_size, workload.num_workers, device)
     else:
         train_loader, test_loader = make_loaders(dataset, config, device, precision.dtype)
     if workload.part == "augmentation":
@@ -125,9 +104,9 @@ def make_pass(workload: Workload) -> Callable[[], object]:
         images, labels = next(iter(train_loader))
         train_loader = [(images.to(device), labels.to(device))] * len(train_loader)
     if workload.reference:
-        model = make_reference_model(workload.padding, workload.width).to(device)
-        optimizer = make_reference_optimizer(model)
-        return lambda: train_reference_epoch(model, train_loader, optimizer, device)
+        model = reference.make_model(workload.padding, workload.width).to(device)
+        optimizer = reference.make_optimizer(model)
+        return lambda: reference.train_epoch(model, train_loader, optimizer, device)
 
     seed_everything(config.seed)  # as in a real run: it also lets cuDNN choose the fastest algorithms
     model = build_model(config, len(CIFAR10_CLASSES))
@@ -142,13 +121,13 @@ def make_pass(workload: Workload) -> Callable[[], object]:
 
 
 def random_images(train: int, test: int) -> ImageDataset:
-    """So many images of random pixels, labelled at random in ten classes."""
+    """Train and test images of random pixels, with random labels of ten classes."""
     rng = np.random.default_rng(0)
-    halves = [
-        (rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, len(CIFAR10_CLASSES), count))
-        for count in (train, test)
-    ]
-    return ImageDataset(*halves[0], *halves[1], CIFAR10_CLASSES, "random", "random pixels")
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, len(CIFAR10_CLASSES), count)
+
+    return ImageDataset(*split(train), *split(test), CIFAR10_CLASSES, "random", "random pixels")
 
 
 def _exhaust(loader: Iterable) -> None:
@@ -158,12 +137,12 @@ def _exhaust(loader: Iterable) -> None:
 
 class _NativeBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
-        with torch.backends.cudnn.flags(enabled=False):  # the backward pass keeps to what the forward pass chose
+        with torch.backends.cudnn.flags(enabled=False):  # the backward pass follows the forward pass's choice
             return super().forward(x)
 
 
 def without_cudnn_norm(model: nn.Module) -> None:
-    """Let every batch norm of ``model`` use torch's own kernels, in place. (In bf16 they are used anyway.)"""
+    """Make every batch norm of ``model`` use torch's own kernels, in place. (In bf16 they always do.)"""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = _NativeBatchNorm2d
@@ -173,7 +152,7 @@ def _make_matmul(workload: Workload) -> Callable[[], object]:
     if torch.backends.cudnn.allow_tf32:  # cuDNN's fp32 convolutions may use TF32, so the yardstick does as well
         torch.set_float32_matmul_precision("high")
     side, device = workload.batch_size, torch.device(workload.device)
-    left, right = (torch.randn(side, side, device=device).to(Precision(workload.precision, device).dtype) for _ in "ab")
+    left, right = torch.randn(2, side, side, device=device).to(Precision(workload.precision, device).dtype)
     product = torch.empty_like(left)
 
     def multiply():
@@ -183,11 +162,11 @@ def _make_matmul(workload: Workload) -> Callable[[], object]:
     return multiply
 
 
-def count_flop(part: str, width: int = 64) -> int:
-    """Floating-point operations an image takes in a pass, counted by torch on tensors without data.
+def count_flop(part: str, width: int) -> int:
+    """Floating-point operations per image in a pass, counted by torch on tensors without data.
 
-    Only convolutions and the linear layer count, a multiply-add as two. Training is three times the forward pass,
-    less the first layer's gradient by its input, which nobody needs.
+    Only convolutions and the linear layer count; a multiply-add counts as two. Training takes three times the forward
+    pass, less the gradient with respect to the images, which nobody needs.
     """
     with torch.device("meta"):
         model, image = CustomResNet(width=width), torch.empty(2, 3, 32, 32)
@@ -198,15 +177,11 @@ def count_flop(part: str, width: int = 64) -> int:
     return counter.get_total_flops() // len(image)
 
 
-# --- a process of its own ---------------------------------------------------------------------------------------------
+# --- a process for each row -------------------------------------------------------------------------------------------
 
 
 class RowError(Session10Error):
     """A row could not be measured; the others can."""
-
-
-class RowCutError(RowError):
-    """A row took longer than it was given."""
 
 
 class Worker:
@@ -217,7 +192,7 @@ class Worker:
         threads: CPU threads, None for torch's choice.
     """
 
-    def __init__(self, device: str, threads: int | None = None):
+    def __init__(self, device: str, threads: int | None):
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__])  # one import for all processes
         self._connection, theirs = context.Pipe()
@@ -229,23 +204,25 @@ class Worker:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._connection.close()  # the process ends by itself when nobody can call it any more
+        self._connection.close()  # ends the process when it next waits for a call
         self._process.join(timeout=0 if exc[0] else 5)
         self._process.kill()
         self._process.join()
 
     def call(self, function: Callable, *args, timeout: float | None = None):
-        """``function(*args)`` there; all three are pickled. After a ``timeout`` (seconds) nothing more can be called.
+        """``function(*args)`` in the process; function, arguments and result are pickled.
+
+        Args:
+            timeout: seconds after which the process is killed.
 
         Raises:
-            RowError: it raised, or the process died.
-            RowCutError: it took longer than ``timeout``.
+            RowError: the function raised, the process died, or the time was up.
         """
         try:
             self._connection.send((function, args))
             if not self._connection.poll(timeout):
                 self._process.kill()
-                raise RowCutError(f"cut after {timeout:.0f} s")
+                raise RowError(f"cut after {timeout:.0f} s")
             worked, value = self._connection.recv()
         except (EOFError, ConnectionError):
             self._process.join(timeout=5)
@@ -256,7 +233,7 @@ class Worker:
 
 
 def _serve(connection, device: str, threads: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that calls
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the calling process
     if sys.platform == "linux":
         set_start_method("fork", force=True)  # the DataLoader's processes: the quickest start, to be fair to it
     while True:
@@ -275,85 +252,73 @@ def _serve(connection, device: str, threads: int | None) -> None:
         connection.send(answer)
 
 
-def measure(
-    workloads: list[Workload], repeats: int, done: Callable[[str], None] = lambda what: None
-) -> list[list[Measurement] | str]:
-    """``repeats`` measurements of each workload; of one that failed, the reason.
+def measure(workloads: list[Workload], repeats: int, done: Callable[[str], None]) -> list[list[Measurement] | str]:
+    """``repeats`` measurements of each workload, or the reason why it failed.
 
-    On a CPU they take turns, so that what else the machine does hits all of them. A GPU is rarely shared and its memory is
-    small: there one is built, measured and freed before the next.
-
-    Args:
-        workloads: all on one device.
-        repeats: passes of each that count.
-        done: called with a few words after each first pass and each measurement.
+    All are on one device. On a CPU they take turns, so that anything else on the machine slows them all alike. A GPU
+    is rarely shared and its memory is limited: there each workload is finished, and its memory freed, before the next
+    begins. ``done`` is called with a few words after each first pass and each measurement.
     """
+    if torch.device(workloads[0].device).type != "cpu" and len(workloads) > 1:
+        return [measure([workload], repeats, done)[0] for workload in workloads]
     results: list[list[Measurement] | str] = [[] for _ in workloads]
-    on_cpu = torch.device(workloads[0].device).type == "cpu"
-    everyone = range(len(workloads))
-    for group in [everyone] if on_cpu else [[index] for index in everyone]:
-        with ExitStack() as stack:
-            workers = {}
-            for turn in range(repeats + 1):
-                for index in group:
-                    workload = workloads[index]
-                    try:
-                        if turn == 0:
-                            worker = stack.enter_context(Worker(workload.device, workload.threads))
-                            worker.call(prepare, workload)
-                            workers[index] = worker
-                        elif index in workers:
-                            results[index].append(workers[index].call(measure_pass))
-                        else:
-                            continue
-                        done(f"{workload.name}, pass {turn} of {repeats}" if turn else f"{workload.name}, first pass")
-                    except RowError as error:
-                        workers.pop(index, None)
-                        results[index] = str(error)
-                        done(f"{workload.name}, failed: {error}")
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(workload.device, workload.threads)) for workload in workloads]
+        for turn in range(repeats + 1):
+            for number, (workload, worker) in enumerate(zip(workloads, workers)):
+                if isinstance(results[number], str):
+                    continue
+                try:
+                    if turn == 0:
+                        worker.call(prepare, workload)
+                        done(f"{workload.name}, first pass")
+                    else:
+                        results[number].append(worker.call(measure_pass))
+                        done(f"{workload.name}, pass {turn} of {repeats}")
+                except RowError as error:
+                    results[number] = str(error)
+                    done(f"{workload.name}, failed: {error}")
     return results
 
 
 # --- called in a worker -----------------------------------------------------------------------------------------------
 
-_workload: Workload
-_pass: Callable[[], object]
-_first_seconds: float
+_prepared: tuple[Workload, Callable[[], object], float]
 
 
 def prepare(workload: Workload) -> None:
     """Set ``workload`` up and run a first pass."""
-    global _workload, _pass, _first_seconds
-    _workload, _pass = workload, make_pass(workload)
-    _first_seconds = timed(_pass)
+    global _prepared
+    run_pass = make_pass(workload)
+    _prepared = workload, run_pass, timed(run_pass)
+
+
+def measure_pass() -> Measurement:
+    """Warm up, then measure one pass of the prepared workload."""
+    workload, run_pass, first_seconds = _prepared
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM_UP_PASSES[torch.device(workload.device).type]):
+        run_pass()
+    cpu_began = _cpu_seconds()
+    seconds = timed(run_pass)
+    return Measurement(seconds, _cpu_seconds() - cpu_began, _peak_bytes(), first_seconds)
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that ``action`` takes, the GPU's work included."""
-    synchronize()
+    """Seconds that ``action`` takes, including the work it gives the GPU."""
+    _synchronize()
     began = time.perf_counter()
     action()
-    synchronize()
+    _synchronize()
     return time.perf_counter() - began
 
 
-def synchronize() -> None:
-    """Wait for the GPU, where this process uses one."""
+def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
         torch.mps.synchronize()
-
-
-def measure_pass() -> Measurement:
-    """Warm up again, then measure one pass of what was prepared."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP_PASSES[torch.device(_workload.device).type]):
-        _pass()
-    cpu_began = _cpu_seconds()
-    seconds = timed(_pass)
-    return Measurement(seconds, _cpu_seconds() - cpu_began, peak_bytes(), _first_seconds)
 
 
 def _cpu_seconds() -> float:
@@ -361,41 +326,8 @@ def _cpu_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def peak_bytes() -> int:
-    """The most memory so far: of the GPU's allocations, or resident in this process where it uses none."""
+def _peak_bytes() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
-
-
-def profile_pass(steps: int, rows: int = 20) -> dict:
-    """What one pass of what was prepared spends its time on.
-
-    Args:
-        steps: how many a pass has.
-        rows: of the table.
-
-    Returns:
-        ``table`` (text: the operations that take most time), ``ms_per_step`` (without the profiler) and, on a GPU,
-        ``gpu_ms_per_step`` (sum of its kernels' times) and ``launches_per_step``.
-    """
-    on_cuda = torch.device(_workload.device).type == "cuda"
-    seconds = timed(_pass)
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda) as profiler:
-        timed(_pass)
-    events = profiler.key_averages()
-    sort_by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    found = {
-        "table": events.table(sort_by=sort_by, row_limit=rows, max_name_column_width=60),
-        "ms_per_step": 1000 * seconds / steps,
-    }
-    if on_cuda:
-        kernels = [
-            event
-            for event in events
-            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-        ]
-        found["gpu_ms_per_step"] = sum(event.self_device_time_total for event in kernels) / 1000 / steps
-        found["launches_per_step"] = sum(event.count for event in events if "LaunchKernel" in event.key) / steps
-    return found

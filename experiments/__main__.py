@@ -24,7 +24,7 @@ RESULTS = runtime.PROJECT_ROOT / "experiments" / "results"
 
 
 def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[Run]:
-    """The runs of one stage, every variant with one seed before any with the next: what time cuts off is a seed of all.
+    """The runs of one stage, seed by seed, so that a time limit leaves whole seeds out.
 
     Args:
         stages: by name.
@@ -39,34 +39,31 @@ def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[R
     if name == "screen":
         again = [Run(stage, variants.BASE, seed + FOLDS * n) for seed in seeds for n in range(1, variants.BASE_RUNS)]
         return [Run(stage, variant, seed) for seed in seeds for variant in variants.screen_design()] + again
+    recipe = dataclasses.replace(stages["seeds"], width=stage.width), variants.RECIPE  # shared by seeds and ablations
     if name == "confirm":
         try:
-            chosen = variants.confirm(page.screen_effects(current))
+            chosen = [(stage, variant) for variant in variants.confirm(page.screen_effects(current))]
         except ValueError as error:
             raise Session10Error(f"the screen has no answer yet ({error}): run `screen` first") from None
-        return [Run(stage, variant, seed) for seed in seeds for variant in chosen]
-    if name == "seeds":
-        return [Run(stage, variants.RECIPE, seed) for seed in seeds]
-    reference = dataclasses.replace(stages["seeds"], width=stage.width)  # made once for both
-    return [
-        run
-        for seed in seeds
-        for run in (Run(reference, variants.RECIPE, seed), *(Run(stage, v, seed) for v in variants.ablations()))
-    ]
+    elif name == "seeds":
+        chosen = [recipe]
+    else:
+        chosen = [recipe, *((stage, variant) for variant in variants.ablations())]
+    return [Run(*one, seed) for seed in seeds for one in chosen]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    seeds = ", ".join(f"{stage.name} {stage.seeds}" for stage in STAGES.values())
+    widths = ", ".join(f"{stage.name} {stage.width}" for stage in STAGES.values())
     parser.add_argument("command", choices=(*STAGES, "all", "table"))
     parser.add_argument("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/experiments)")
-    defaults = ", ".join(f"{stage.name} {stage.seeds}" for stage in STAGES.values())
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"seeds a variant (default: {defaults})")
-    widths = ", ".join(f"{stage.name} {stage.width}" for stage in STAGES.values())
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"seeds per variant (default: {seeds})")
     parser.add_argument("--width", type=int, metavar="W", help=f"channels of the first layer (default: {widths})")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
-    parser.add_argument("--budget-minutes", type=float, metavar="M", help="begin no run after so many minutes")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
+    parser.add_argument("--budget-minutes", type=float, metavar="M", help="start no run after this many minutes")
     parser.add_argument("--small", action="store_true", help="96 images, 3 epochs: tries the command; never published")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--data-dir", help="a folder with CIFAR-10 (default: $CIFAR10_DIR, else data/, else download)")
@@ -75,16 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write experiments/results; with seeds and all, once every seed is there, also Results/ and the README",
     )
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser()
     args = parser.parse_args(argv)
     if args.seeds is not None and args.seeds < 1:
         parser.error(f"--seeds is {args.seeds}: it must be at least 1")
     if args.small and args.publish:
-        parser.error("--small goes without --publish: its figures mean nothing")
+        parser.error("--small cannot be combined with --publish: its figures mean nothing")
     if args.runs is None:
         args.runs = runtime.PROJECT_ROOT / "runs" / ("experiments-small" if args.small else "experiments")
     return args
@@ -99,13 +91,8 @@ def run(args: argparse.Namespace) -> None:
     stages = {name: dataclasses.replace(stage, **given) for name, stage in STAGES.items()}
     published = RESULTS / page.RECORDS_NAME
     known = read_json(published) if published.exists() and not args.small else []
-    campaign = Campaign(
-        lambda: load_dataset(args.data_dir),
-        args.runs,
-        runtime.pick_device(args.device),
-        small=args.small,
-        records=known,
-    )
+    device = runtime.pick_device(args.device)
+    campaign = Campaign(lambda: load_dataset(args.data_dir), args.runs, device, small=args.small, records=known)
     results = RESULTS if args.publish else args.runs / "results"
 
     def current_records() -> tuple[list[dict], list[dict]]:
@@ -118,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             say(f"{name}, width {stages[name].width}:")
             left = left or campaign.work(plan(stages, name, current_records()[1]), args.budget_minutes)
     finally:
-        page.write_results(results, *current_records())  # also of what an interrupted command has made
+        page.write_results(results, *current_records())  # an interrupted command shows what it has made
     say(f"tables and figures: {results / page.PAGE_NAME}")
     if args.publish and args.command in ("seeds", "all") and not left:
         first, *others = (campaign.folder(one) for one in plan(stages, "seeds", []))

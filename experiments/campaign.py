@@ -27,8 +27,8 @@ from utils.runtime import ConfigError, Session10Error, say, write_atomically
 
 VARIANT_NAME, FAILED_NAME, LOG_NAME = "variant.json", "failed.json", "log.txt"
 FOLDS = 10  # seeds that differ by a multiple of it hold out the same images
-WAIT_SECONDS = 10.0  # before runs that other processes hold are looked at again
-# From metrics.json into a run's record; all but the images' own description is plain numbers.
+WAIT_SECONDS = 10.0  # until runs that other processes hold are looked at again
+# From metrics.json into a run's record.
 RECORDED = (
     *("test_accuracy", "test_accuracy_tta", "test_loss", "per_class_accuracy", "lr_min", "lr_max", "weight_decay"),
     *("wall_seconds", "range_test_seconds", "device", "precision", "versions", "commit", "data"),
@@ -38,22 +38,14 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the campaign.
+    """One part of the campaign."""
 
-    Attributes:
-        name: in folders' names and on the command line.
-        width: of the network's first layer.
-        holdout: train images that are held out to test on; 0: the test set itself.
-        first_seed, seeds: how many seeds there are, from which on.
-        changes: further settings of all its runs.
-    """
-
-    name: str
-    width: int
-    holdout: int
+    name: str  # in folders' names and on the command line
+    width: int  # of the network's first layer
+    holdout: int  # train images that are held out to test on; 0: the test set itself
     first_seed: int
-    seeds: int
-    changes: dict = dataclasses.field(default_factory=dict)
+    seeds: int  # how many
+    changes: dict = dataclasses.field(default_factory=dict)  # further settings of all its runs
 
 
 STAGES = {
@@ -75,36 +67,21 @@ class Run:
     variant: Variant
     seed: int
 
-    @property
-    def folder_name(self) -> str:
-        """``STAGE-WIDTH-VARIANT-seedN``."""
-        return f"{self.stage.name}-{self.stage.width}-{self.variant.name.replace(' ', '-')}-seed{self.seed}"
-
     def __str__(self) -> str:
         return f"{self.stage.name}, {self.variant.name}, seed {self.seed}"
 
 
+@dataclass
 class Campaign:
-    """Makes runs, and knows those that were made here or, by their records, elsewhere.
+    """Makes runs, and knows those that were made here or, by their records, elsewhere."""
 
-    Args:
-        load: gives CIFAR-10, when the first run needs it; its test images are only used by stages without a holdout.
-        runs: the folder of the runs' folders.
-        device: to train on.
-        small: a trial of the machinery: 96 images, 3 epochs, a thin network; its figures mean nothing.
-        records: of runs that were made elsewhere.
-    """
+    load: Callable[[], ImageDataset]  # called when the first run needs the images
+    runs: Path  # the folder of the runs' folders
+    device: torch.device
+    small: bool = False  # a trial of the machinery: 96 images, 3 epochs, a thin network; its figures mean nothing
+    records: Sequence[dict] = ()  # of runs that were made elsewhere
 
-    def __init__(
-        self,
-        load: Callable[[], ImageDataset],
-        runs: Path,
-        device: torch.device,
-        *,
-        small: bool = False,
-        records: Sequence[dict] = (),
-    ):
-        self.load, self.runs, self.device, self.small, self.records = load, Path(runs), device, small, list(records)
+    def __post_init__(self):
         self.split = functools.lru_cache(maxsize=1)(self._split)  # each is a copy of all images
 
     @functools.cached_property
@@ -121,58 +98,58 @@ class Campaign:
             raise ConfigError(f"these are {dataset.description}: experiments need CIFAR-10, or --small for a trial")
         return dataset
 
+    def _split(self, holdout: int, fold: int) -> ImageDataset:
+        return self.dataset.holdout(40 if self.small else holdout, seed=fold) if holdout else self.dataset
+
     def config(self, run: Run) -> Config:
-        """Tested once, after the last epoch, except for the runs of which one is published, for its curves."""
+        """The run's settings. Only the runs of ``seeds``, one of which is published, are tested after every epoch."""
         changes = {"seed": run.seed, "width": run.stage.width, **run.stage.changes, **run.variant.changes}
         if self.small:
             tiny = dict(train_images=None, test_images=None, batch_size=16, epochs=3, peak_epoch=1, range_test_steps=40)
             return quick(**{**tiny, **changes, "width": 8, "eval_every": 3})
-        base = full(**changes)
-        return base if run.stage.name == "seeds" else dataclasses.replace(base, eval_every=base.epochs)
-
-    def _split(self, holdout: int, fold: int) -> ImageDataset:
-        holdout = 40 if self.small and holdout else holdout
-        return self.dataset.holdout(holdout, seed=fold) if holdout else self.dataset
-
-    def is_current(self, record: dict) -> bool:
-        """False for the record of a recipe, design or stage other than those of now; any width will do."""
-        stage = dataclasses.replace(STAGES[record["stage"]], width=record["config"]["width"])
-        run = Run(stage, Variant(record["variant"], record["shows"], record["changes"]), record["seed"])
-        return not _differences(record, self.config(run))
+        config = full(**changes)
+        return config if run.stage.name == "seeds" else dataclasses.replace(config, eval_every=config.epochs)
 
     def folder(self, run: Run) -> Path:
-        return self.runs / run.folder_name
+        """``RUNS/STAGE-WIDTH-VARIANT-seedN``."""
+        return self.runs / f"{run.stage.name}-{run.stage.width}-{run.variant.name.replace(' ', '-')}-seed{run.seed}"
+
+    def is_current(self, record: dict) -> bool:
+        """False for the record of an older recipe, design or stage; its width does not matter."""
+        stage = dataclasses.replace(STAGES[record["stage"]], width=record["config"]["width"])
+        run = Run(stage, Variant(record["variant"], record["shows"], record["changes"]), record["seed"])
+        return not differences(record["config"], self.config(run))
 
     def record(self, run: Run) -> dict | None:
         """What was measured, or how it failed; None for a run that is still to be made.
 
         Raises:
-            Session10Error: its folder holds a run of other settings.
+            Session10Error: its folder holds a run with other settings.
         """
         config, folder = self.config(run), self.folder(run)
         here = read_record(folder)
         if here is not None:
-            differing = _differences(here, config)
-            if differing:
+            if differing := differences(here["config"], config):
                 raise Session10Error(
-                    f"{folder} holds a run of other settings ({'; '.join(differing)}): move it away, or choose another --runs"
+                    f"{folder} holds a run with other settings ({'; '.join(differing)}): move it away, or choose "
+                    "another --runs"
                 )
             return here
         known = (record for record in self.records if key_of(record) == (run.stage.name, run.variant.name, run.seed))
-        return next((record for record in known if not _differences(record, config)), None)
+        return next((record for record in known if not differences(record["config"], config)), None)
 
     def make(self, run: Run) -> dict:
-        """Train, or go on with, one run; returns its record. What the job prints goes to ``log.txt`` in its folder.
+        """Train one run, or finish it; returns its record. What the job prints goes to ``log.txt`` in its folder.
 
         Raises:
             RunLockedError: another process works on it.
-            Session10Error: what is no result of the run itself, such as a full disk.
+            Session10Error: the run could not be finished, for a reason such as a full disk that is no result.
         """
         folder, config = self.folder(run), self.config(run)
         folder.mkdir(parents=True, exist_ok=True)
         variant = {"stage": run.stage.name, "variant": run.variant.name, "shows": run.variant.shows, "seed": run.seed}
         variant |= {"changes": run.variant.changes, "split": "validation" if run.stage.holdout else "test"}
-        _write_json(folder / VARIANT_NAME, variant)
+        write_json(folder / VARIANT_NAME, variant)
         with open(folder / LOG_NAME, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
                 dataset = self.split(run.stage.holdout, run.seed % FOLDS if run.stage.holdout else 0)
@@ -180,13 +157,13 @@ class Campaign:
             except (NonFiniteLossError, LRRangeError) as error:
                 failed = {"reason": str(error), "config": config.to_dict(), "device": runtime.device_name(self.device)}
                 failed |= {"versions": runtime.versions(), "commit": runtime.code_commit()}
-                _write_json(folder / FAILED_NAME, failed)
+                write_json(folder / FAILED_NAME, failed)
         return read_record(folder)
 
     def work(self, runs: Iterable[Run], budget_minutes: float | None = None) -> int:
-        """Make what is not made yet, in order; returns how many runs are left when the time is up.
+        """Make the runs that are not made yet, in order; returns how many are left when the time is up.
 
-        Runs that other processes work on are waited for at the end, and taken over where those die.
+        Runs that other processes work on are waited for at the end, and taken over if those processes die.
         """
         began = time.monotonic()
         pending = [run for run in runs if self.record(run) is None]
@@ -201,7 +178,7 @@ class Campaign:
                     say(f"the time is up, {left} runs are left: the same command goes on with them")
                     return left
                 try:
-                    say(describe(run, self.make(run)))
+                    say(f"{run}: {describe(self.make(run))}")
                 except RunLockedError:
                     locked.append(run)
             if len(locked) == len(pending):
@@ -211,32 +188,30 @@ class Campaign:
 
 
 def read_record(folder: Path) -> dict | None:
-    """The record of a run that was made in ``folder``, finished or failed; None while there is no such run.
+    """The record of the run that was finished or failed in ``folder``; None while there is no such run.
 
     Raises:
         Session10Error: a file in it is damaged.
     """
-    if not is_finished(folder) and not (folder / FAILED_NAME).exists():
-        return None
-    variant = read_json(folder / VARIANT_NAME)
-    if not is_finished(folder):
-        return {**variant, "status": "failed", **read_json(folder / FAILED_NAME)}
-    metrics = read_metrics(folder)
-    measured = {name: metrics[name] for name in RECORDED if name in metrics}
-    train_accuracy = metrics["history"]["train_accuracy"][-1]
-    return {**variant, "status": "done", **measured, "train_accuracy": train_accuracy, "config": metrics["config"]}
+    if is_finished(folder):
+        metrics = read_metrics(folder)
+        measured = {name: metrics[name] for name in RECORDED if name in metrics}
+        measured |= {"train_accuracy": metrics["history"]["train_accuracy"][-1], "config": metrics["config"]}
+        return {**read_json(folder / VARIANT_NAME), "status": "done", **measured}
+    if (folder / FAILED_NAME).exists():
+        return {**read_json(folder / VARIANT_NAME), "status": "failed", **read_json(folder / FAILED_NAME)}
+    return None
 
 
 def all_records(runs: Path, known: Sequence[dict]) -> list[dict]:
     """``known`` records, and those of every run folder in ``runs``, which replace known ones of equal settings."""
-    here = [read_record(path.parent) for path in sorted(Path(runs).glob(f"*/{VARIANT_NAME}"))]
+    here = [read_record(path.parent) for path in sorted(runs.glob(f"*/{VARIANT_NAME}"))]
     found = {
         json.dumps([key_of(record), record["config"]], sort_keys=True): record
         for record in [*known, *filter(None, here)]
     }
-    return sorted(
-        found.values(), key=lambda record: (list(STAGES).index(record["stage"]), record["variant"], record["seed"])
-    )
+    stages = list(STAGES)
+    return sorted(found.values(), key=lambda one: (stages.index(one["stage"]), one["variant"], one["seed"]))
 
 
 def key_of(record: dict) -> tuple[str, str, int]:
@@ -244,12 +219,12 @@ def key_of(record: dict) -> tuple[str, str, int]:
     return record["stage"], record["variant"], record["seed"]
 
 
-def describe(run: Run, record: dict) -> str:
-    """A run that was made, in one line."""
+def describe(record: dict) -> str:
+    """A run's result in a few words."""
     if record["status"] == "failed":
-        return f"{run}: failed, {record['reason']}"
+        return f"failed, {record['reason']}"
     return (
-        f"{run}: {record['test_accuracy']:.2f}%, {record['test_accuracy_tta']:.2f}% with flip TTA, loss "
+        f"{record['test_accuracy']:.2f}%, {record['test_accuracy_tta']:.2f}% with flip TTA, loss "
         f"{record['test_loss']:.4f}, LR {record['lr_min']:.1e} to {record['lr_max']:.1e}, "
         f"{duration(record['wall_seconds'])}"
     )
@@ -267,9 +242,5 @@ def read_json(path: Path):
         raise Session10Error(f"{path} cannot be read ({error}): delete its folder, or get a fresh copy") from error
 
 
-def _write_json(path: Path, content) -> None:
+def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _differences(record: dict, config: Config) -> list[str]:
-    return differences(record["config"], config)

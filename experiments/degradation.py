@@ -2,8 +2,8 @@
 
     python -m experiments.degradation        about 20 minutes on one CPU core
 
-Every run goes into ``experiments/results/degradation.json`` as soon as it ends: an interrupted job goes on where it
-stopped, and a finished one does nothing.
+Each run is written to ``experiments/results/degradation.json`` as soon as it ends. The same command goes on after an
+interruption, and does nothing when all runs are there.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import itertools
 import json
 from pathlib import Path
 
+from experiments.campaign import write_json
 from utils import lesson, runtime
 from utils.dataset import ImageDataset, load_dataset
-from utils.runtime import write_atomically
 
 SETTINGS = {"train_images": 3000, "epochs": 10, "depths": [8, 20, 44], "lrs": [1e-3, 3e-3], "seeds": [0, 1, 2]}
 
@@ -23,19 +23,20 @@ def run_all(dataset: ImageDataset, out: Path, settings: dict) -> dict:
     """Make every run that ``out`` does not hold yet.
 
     Args:
-        dataset: its train images, ``settings["train_images"]`` of them, are trained on.
+        dataset: a class-balanced ``settings["train_images"]`` of its train images are trained on.
         out: a JSON file, written after every run; started afresh if it holds other settings or data.
         settings: as ``SETTINGS``.
 
     Returns:
-        The file's content: the settings, where and on what it was run, and ``runs``, each with ``skip``, ``depth``,
-        ``lr``, ``seed``, and by epoch ``loss`` (nats) and ``error`` (percent) on the train images.
+        The file's content: the settings, the data, device and versions, and ``runs``, each with ``skip``, ``depth``,
+        ``lr``, ``seed``, and for each epoch ``loss`` (nats) and ``error`` (percent) on the train images.
     """
     about = {**settings, "data": dataset.description}
     stored = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     if {name: stored.get(name) for name in about} != about:
         device = runtime.device_name(runtime.pick_device("cpu"))
         stored = {**about, "device": device, "versions": runtime.versions(), "runs": []}
+    out.parent.mkdir(parents=True, exist_ok=True)
     done = {(run["seed"], run["lr"], run["depth"], run["skip"]) for run in stored["runs"]}
     small = dataset.subset(settings["train_images"])
     for case in itertools.product(settings["seeds"], settings["lrs"], settings["depths"], (False, True)):
@@ -43,12 +44,11 @@ def run_all(dataset: ImageDataset, out: Path, settings: dict) -> dict:
             continue
         seed, lr, depth, skip = case
         curve = lesson.training_error(small, depth, skip, epochs=settings["epochs"], lr=lr, seed=seed)
-        loss, error = (column.round(4).tolist() for column in curve.T)
+        loss, error = curve.T.round(4).tolist()
         stored["runs"].append({"seed": seed, "lr": lr, "depth": depth, "skip": skip, "loss": loss, "error": error})
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, (json.dumps(stored, indent=1) + "\n").encode())
+        write_json(out, stored)
         kind = "residual" if skip else "plain"
-        print(f"seed {seed}, LR {lr:g}, {kind} {depth} layers: train error {error[-1]:.1f}%", flush=True)
+        runtime.say(f"seed {seed}, LR {lr:g}, {kind} {depth} layers: train error {error[-1]:.1f}%")
     return stored
 
 

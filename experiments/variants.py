@@ -9,7 +9,8 @@ import numpy as np
 
 from experiments.effects import Effect
 
-EMA_ALSO = (0.98, 0.995, 0.998)  # further averages of the weights, tested in each run of the screen at no cost
+EMA_ALSO = (0.98, 0.995, 0.998)  # more averages of the weights, tested at no cost in each run of the screen
+BASE_RUNS = 4  # of each replicate of the screen: one is the design's last row, the others show the noise
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Factor:
-    """One setting of the screen: the ``Config`` field and its two values, the recipe's as it was then and the other."""
+    """One setting of the screen: a ``Config`` field, its value in the recipe before the screen, and the other value."""
 
     name: str
     field: str
@@ -32,20 +33,21 @@ class Factor:
     why: str
 
 
-# What evidence from elsewhere speaks for (shared by nearly all fast CIFAR-10 recipes), or what nobody measured with Adam.
+# Settings that evidence from elsewhere supports (nearly all fast CIFAR-10 recipes share them), or that nobody has
+# measured with Adam.
 FACTORS = (
     Factor(
         "LRMIN by onset",
         "lr_rule",
         "steepest-minimum",
         "onset-minimum",
-        "an LRMIN far lower: decay to nearly zero beat decay to a tenth for AdamW (arXiv 2502.15938)",
+        "a far lower LRMIN: decay to nearly zero beat decay to a tenth for AdamW (arXiv 2502.15938)",
     ),
     Factor("decay x 2", "decay_at_peak", 1.5e-3, 3e-3, "the train accuracy of 98% leaves room to regularize"),
     Factor("LRMAX x 1.6", "lr_max_factor", 1.0, 1.6, "the range test's minimum is flat; a higher peak regularizes"),
     Factor("ghost batch 64", "ghost_batch", 0, 64, "noisier batch statistics regularize (arXiv 1705.08741)"),
     Factor("label smoothing 0.2", "label_smoothing", 0.1, 0.2, "what Page's recipe uses"),
-    Factor("no decay of vectors", "decay_norm_and_bias", True, False, "common, and unproven here: batch norm and bias"),
+    Factor("no decay of vectors", "decay_norm_and_bias", True, False, "common, but unproven here: batch norm and bias"),
     Factor("patch filters", "init", "default", "patches", "a start that need not be learned (arXiv 2404.00498)"),
     Factor("dropout 0.05", "dropout", 0.0, 0.05, "the usual regularizer, in a small dose"),
     Factor("beta2 0.95", "beta2", 0.99, 0.95, "0.999 would remember 10 of 24 epochs; is 100 steps still too long?"),
@@ -54,15 +56,22 @@ FACTORS = (
         "norm_momentum",
         0.1,
         0.4,
-        "running statistics that lag 2 steps behind the weights, not 10; the weight average takes out their noise",
+        "running statistics lag 2 steps behind the weights instead of 10; the weight average removes their noise",
     ),
     Factor(
         "pad with grey", "pad_mode", "reflect", "constant", "mirrored borders, or the mean colour as in most recipes"
     ),
 )
-BASE_RUNS = 4  # of each replicate of the screen: one is the design's last row, the others give the noise
 
-BASE = Variant("base", "every factor as it was before the screen", {factor.field: factor.low for factor in FACTORS})
+
+def with_factors(name: str, shows: str, chosen: Collection[str]) -> Variant:
+    """The base with the named factors at their high values."""
+    return Variant(
+        name, shows, {factor.field: factor.high if factor.name in chosen else factor.low for factor in FACTORS}
+    )
+
+
+BASE = with_factors("base", "every factor as it was before the screen", ())
 RECIPE = Variant("recipe", "every setting as in utils/config.py")
 
 
@@ -75,13 +84,6 @@ def plackett_burman() -> np.ndarray:
     return np.array([np.roll(first, shift) for shift in range(11)] + [[-1] * 11])
 
 
-def with_factors(name: str, shows: str, chosen: Collection[str]) -> Variant:
-    """The base with the named factors at their high values."""
-    return Variant(
-        name, shows, {factor.field: factor.high if factor.name in chosen else factor.low for factor in FACTORS}
-    )
-
-
 def screen_design() -> list[Variant]:
     """The design's twelve runs; the last is the base."""
     rows = [[factor.name for factor, level in zip(FACTORS, row) if level > 0] for row in plackett_burman()[:-1]]
@@ -89,27 +91,24 @@ def screen_design() -> list[Variant]:
 
 
 def levels_of(changes: dict) -> list[int]:
-    """A design run's row again, from its settings: +1 for each factor at its high value, else -1."""
+    """The design's row that a run's ``changes`` came from: +1 for each factor at its high value, else -1."""
     return [1 if changes[factor.field] == factor.high else -1 for factor in FACTORS]
 
 
 def confirm(effects: Sequence[Effect]) -> list[Variant]:
-    """What the screen proposes, by a rule that was written down before it ran: the factors whose effect on accuracy is
-    larger than its standard error, all together; and the three of them with the largest effects.
+    """What the screen proposes, by a rule written down before it ran.
+
+    All factors whose effect on accuracy is larger than its standard error, together; and the three largest of these.
 
     Args:
         effects: of each factor on accuracy, named as in ``FACTORS``.
     """
     helped = sorted((e for e in effects if e.value > (e.error or 0.0)), key=lambda effect: -effect.value)
-    proposals = {"all that helped": helped, "the three that helped most": helped[:3]}
-    if len(helped) <= 3:
-        del proposals["the three that helped most"]
-    variants = [
-        with_factors(name, ", ".join(effect.name for effect in chosen), {effect.name for effect in chosen})
-        for name, chosen in proposals.items()
-        if chosen
-    ]
-    return [BASE, *variants]
+    proposals = {"all that helped": helped} if helped else {}
+    if len(helped) > 3:
+        proposals["the three that helped most"] = helped[:3]
+    names = {name: [effect.name for effect in chosen] for name, chosen in proposals.items()}
+    return [BASE, *(with_factors(name, ", ".join(chosen), chosen) for name, chosen in names.items())]
 
 
 def ablations() -> list[Variant]:

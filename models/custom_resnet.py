@@ -2,8 +2,8 @@
 
 Read bottom-up: ``CustomResNet`` stacks four ``CustomLayer``s, each made of ``ConvLayer``s.
 
-The architecture is the ResNet-9 of D. Page, *How to train your ResNet* (2018). The residual connection is from He et al.,
-*Deep Residual Learning for Image Recognition* (2015), https://arxiv.org/abs/1512.03385.
+The architecture is the ResNet-9 of D. Page, *How to train your ResNet* (2018). The residual connection is from He et
+al., *Deep Residual Learning for Image Recognition* (2015), https://arxiv.org/abs/1512.03385.
 """
 
 import torch
@@ -15,8 +15,8 @@ IMAGE_SIZE = 32
 class ConvLayer(nn.Module):
     """3x3 convolution -> (max-pool) -> batch norm -> ReLU -> dropout.
 
-    Pooling comes *before* batch norm and ReLU: the maximum commutes with both (up to the sign of the scale in batch norm),
-    and this order leaves them a quarter of the pixels.
+    Pooling comes *before* batch norm and ReLU: the maximum commutes with both (up to the sign of batch norm's scale),
+    and in this order they have only a quarter of the pixels to process.
 
     Args:
         in_channels: channels of the input.

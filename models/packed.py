@@ -1,8 +1,8 @@
 """Small maps side by side: the same convolutions, in a layout that suits a CPU with bf16 matrix units.
 
-AMX and AVX512-BF16 work on tiles of at least 16 pixels from one row. A row of a 4x4 map fills a quarter of a tile, so the
-last residual block takes a third of a training step for a fifth of its arithmetic. Therefore eight images are put side
-by side,
+AMX and AVX512-BF16 work on tiles of at least 16 pixels from one row. A row of a 4x4 map fills a quarter of a tile, so
+the last residual block takes a third of a training step for a fifth of its arithmetic. Therefore eight images are put
+side by side,
 
     | image 0 | 0 | image 1 | 0 | ... | image 7 | 0 |
 

@@ -102,14 +102,21 @@ class _NormalizeGroups(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         out = torch.empty_like(x)
-        of_groups = (groups, x.shape[1])
-        mean, variance, saved_mean, saved_invstd = weight.new_zeros((4, *of_groups))
-        for part, part_out, *rows in zip(
-            x.tensor_split(groups), out.tensor_split(groups), mean, variance, saved_mean, saved_invstd
-        ):
+        mean, variance, saved_mean, saved_invstd = weight.new_zeros((4, groups, x.shape[1]))
+        inputs, outputs = x.tensor_split(groups), out.tensor_split(groups)
+        for group in range(groups):
             torch.ops.aten.native_batch_norm.out(
-                *(part, weight, bias, rows[0], rows[1], True, 1.0, eps),  # momentum 1, as above
-                **dict(out=part_out, save_mean=rows[2], save_invstd=rows[3]),
+                inputs[group],
+                weight,
+                bias,
+                mean[group],
+                variance[group],
+                training=True,
+                momentum=1.0,  # as above
+                eps=eps,
+                out=outputs[group],
+                save_mean=saved_mean[group],
+                save_invstd=saved_invstd[group],
             )
         ctx.save_for_backward(x, weight, saved_mean, saved_invstd)
         ctx.eps = eps
@@ -121,22 +128,32 @@ class _NormalizeGroups(torch.autograd.Function):
         x, weight, saved_mean, saved_invstd = ctx.saved_tensors
         groups = len(saved_mean)
         to_x, (to_weight, to_bias) = torch.empty_like(x), weight.new_zeros((2, *saved_mean.shape))
-        for part, above, part_out, *rows in zip(
-            *(each.tensor_split(groups) for each in (x, gradient, to_x)), saved_mean, saved_invstd, to_weight, to_bias
-        ):
+        inputs, gradients, outputs = (each.tensor_split(groups) for each in (x, gradient, to_x))
+        for group in range(groups):
             torch.ops.aten.native_batch_norm_backward.out(
-                *(above, part, weight, None, None, rows[0], rows[1], True, ctx.eps, [True, True, True]),
-                **dict(out0=part_out, out1=rows[2], out2=rows[3]),
+                gradients[group],
+                inputs[group],
+                weight,
+                running_mean=None,
+                running_var=None,
+                save_mean=saved_mean[group],
+                save_invstd=saved_invstd[group],
+                train=True,
+                eps=ctx.eps,
+                output_mask=[True, True, True],
+                out0=outputs[group],
+                out1=to_weight[group],
+                out2=to_bias[group],
             )
         return to_x, to_weight.sum(0), to_bias.sum(0), None, None
 
 
 def ghost_batch_norm(model: nn.Module, group: int) -> None:
-    """Use batch statistics of groups of at most ``group`` images (Hoffer et al. 2017, https://arxiv.org/abs/1705.08741).
+    """Normalize over groups of at most ``group`` images (Hoffer et al. 2017, https://arxiv.org/abs/1705.08741).
 
-    Smaller groups make the statistics noisier, which regularizes, without a smaller batch for the optimizer. The running
-    statistics move once per step towards the mean of the groups' statistics, so their momentum means the same as in
-    plain batch norm. In eval mode nothing changes.
+    Smaller groups make the statistics noisier, which regularizes, without a smaller batch for the optimizer. The
+    running statistics move once per step, towards the mean of the groups' statistics, so their momentum means the same
+    as in plain batch norm. In eval mode nothing changes.
 
     Raises:
         ValueError: a group of fewer than two images.
@@ -155,10 +172,10 @@ def ghost_batch_norm(model: nn.Module, group: int) -> None:
 def init_patches(model: CustomResNet, images: Tensor) -> None:
     """Start the first layer from patterns in the images, and the others near the identity; all stay trainable.
 
-    The filters of the first layer become the principal components of the images' 3x3 patches, the strongest first. Each is
-    followed by its negative, since the ReLU drops one sign, and they have the spread of the default initialization. Batch
-    norm then equalizes the variances of the components: together this is Page's whitening layer, but trainable. In every
-    other convolution, the first filters pass one input channel each on ("partial identity": Jordan 2024,
+    The first layer's filters become the principal components of the images' 3x3 patches, the strongest first. Each is
+    followed by its negative, since the ReLU drops one sign; their spread is that of the default initialization. Batch
+    norm then equalizes the components' variances: together this is Page's whitening layer, but trainable. In the other
+    convolutions, the first filters pass on one input channel each ("partial identity": Jordan 2024,
     https://arxiv.org/abs/2404.00498). All other filters keep their default values.
 
     Args:

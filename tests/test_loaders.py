@@ -185,8 +185,8 @@ def test_an_abandoned_pass_does_not_change_the_next(noise):
     assert torch.equal(epoch_of(loader)[0], epoch_of(whole)[0])
 
 
-# SHA-256 of the first two batches of two epochs, recorded when the published run was trained: a seed must keep its order,
-# draws and pixels. For Albumentations, which may change its arithmetic, of the pixels instead of the floats.
+# SHA-256 of the first two batches of two epochs, recorded when the published run was trained: a seed must keep its
+# order, draws and pixels. For Albumentations, which may change its arithmetic, of the pixels instead of the floats.
 RECORDED = {
     ("batched", 0): "0ff2c5935ec85714ded9963a2598ae3318ce1b3b5c22628a727b132b28b05771",
     ("batched", 7): "0a4a70b839d76f60eb96076a8f107e43d6c4093f0d030b7739f190791d9348b4",

@@ -113,8 +113,8 @@ class Config:
     def _check_together(self) -> None:
         if self.train_images is not None and self.batch_size > self.train_images:
             raise ConfigError(
-                f"batch_size is {self.batch_size}: it is larger than the train set of {self.train_images} images; lower it "
-                f"to {self.train_images} or less"
+                f"batch_size is {self.batch_size}: it is larger than the train set of {self.train_images} images; "
+                f"lower it to {self.train_images} or less"
             )
         if self.epochs <= self.peak_epoch:
             raise ConfigError(
@@ -123,13 +123,15 @@ class Config:
             )
         if (self.lr_min is None) != (self.lr_max is None):
             raise ConfigError(
-                f"lr_min is {self.lr_min} and lr_max is {self.lr_max}: give both to skip the range test, or neither to run it"
+                f"lr_min is {self.lr_min} and lr_max is {self.lr_max}: give both to skip the range test, or neither to "
+                "run it"
             )
         if self.lr_min is not None and self.lr_min >= self.lr_max:
             raise ConfigError(f"lr_min is {self.lr_min}: it must be below lr_max, which is {self.lr_max}")
         if self.range_test_start >= self.range_test_end:
             raise ConfigError(
-                f"range_test_start is {self.range_test_start}: it must be below range_test_end, which is {self.range_test_end}"
+                f"range_test_start is {self.range_test_start}: it must be below range_test_end, which is "
+                f"{self.range_test_end}"
             )
 
     def to_dict(self) -> dict:

@@ -213,7 +213,8 @@ def _named(arrays: Arrays, source: str) -> ImageDataset:
 def _announce_stand_in(reason: Exception) -> None:
     line = "*" * 100
     print(
-        f"{line}\n  NOT CIFAR-10. {reason}.\n  Until then everything runs on scikit-learn's handwritten digits: the code "
+        f"{line}\n  NOT CIFAR-10. {reason}.\n"
+        "  Until then everything runs on scikit-learn's handwritten digits: the code "
         f"works the same,\n  its numbers say nothing about CIFAR-10, and nothing is written to Results/.\n{line}",
         flush=True,
     )

@@ -347,8 +347,8 @@ def with_progress_bar(
         step = running.first_bad_step()
         if step is not None:
             raise NonFiniteLossError(
-                f"{description or 'training'}: the loss is not finite at step {step + 1}, where the LR was {lrs[step]:.2e}: lower "
-                "lr_max (a third of it is a good next try), or check the images and labels for NaN"
+                f"{description or 'training'}: the loss is not finite at step {step + 1}, where the LR was "
+                f"{lrs[step]:.2e}: lower lr_max (try a third of it next), or check the images and labels for NaN"
             )
 
     bar_read = time.monotonic()

@@ -1,8 +1,8 @@
 """Batches for training and testing, from two interchangeable loaders.
 
-``BatchedLoader`` keeps the whole set on the device and augments many images at once; ``AlbumentationsLoader`` works image
-by image. Both yield, on the device, images, (B, 3, 32, 32) normalized floats in channels_last, and labels, (B,) int64.
-Both have ``len`` and ``epoch``, the number of the next pass.
+``BatchedLoader`` keeps the whole set on the device and augments many images at once; ``AlbumentationsLoader`` works
+image by image. Both yield images, (B, 3, 32, 32) normalized floats in channels_last, and labels, (B,) int64, on the
+device. Both have ``len`` and ``epoch``, the number of the next pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# Batches augmented at once. On a GPU, few large operations are faster than many small ones; on a CPU it makes no difference.
+# Batches augmented at once: on a GPU, few large operations are faster than many small ones.
 CHUNK_BATCHES = 16
 CHUNK_IMAGES = 16 * 512  # an upper limit, about 100 MB of floats
 
@@ -51,7 +51,7 @@ def _check_batches(batch_size: int, count: int, rank: int, world: int) -> None:
 class BatchedLoader:
     """The fast loader: the whole set lives on the device as uint8.
 
-    Each pass is an epoch with its own order and augmentations, which depend on ``seed`` and the epoch's number alone, not
+    Each pass is an epoch with its own order and augmentations. They depend only on ``seed`` and the epoch's number, not
     on the device.
 
     Args:
@@ -59,15 +59,15 @@ class BatchedLoader:
         labels: (N,) int64.
         batch_size: images per batch, over all processes; the last batch may be smaller.
         augment: the augmentation; None: normalization only.
-        alternate_flip: mirror each image in every other epoch (half of them in the even ones), instead of at random: two
-            epochs in a row then show both sides of every image (K. Jordan, *94% on CIFAR-10 in 3.29 seconds*, 2024,
-            https://arxiv.org/abs/2404.00498).
+        alternate_flip: where ``augment`` would flip at random, mirror each image in every other epoch, half of them in
+            the even ones. Two epochs in a row then show both sides of every image (K. Jordan, *94% on CIFAR-10 in 3.29
+            seconds*, 2024, https://arxiv.org/abs/2404.00498).
         shuffle: use a new order in each epoch.
         seed: for order and augmentation.
         device: where the set lives and the batches appear.
         dtype: of the images.
-        rank, world: the number of this process, and of all processes. All draw the same batches, and each yields the rows
-            ``rank::world``; a last batch smaller than ``world`` leaves some without any.
+        rank, world: this process's number, from 0, and the number of processes. All draw the same batches, and each
+            yields the rows ``rank::world``: none, for some, if the last batch is smaller than ``world``.
 
     Raises:
         ConfigError: ``batch_size`` is below 1, above N or below ``world``, or ``rank`` is not below ``world``.
@@ -148,7 +148,7 @@ class AlbumentationsDataset(Dataset):
 
 
 def _prepare_worker(worker_id: int) -> None:
-    """Seed a loader process, which would otherwise draw the same augmentations as the others, and let it end quietly."""
+    """Seed a loader process, which would otherwise draw the same augmentations as the others; let it end quietly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; only the parent handles it
     get_worker_info().dataset.transform.set_random_seed(torch.initial_seed() % 2**32)
     print_exception = sys.excepthook

@@ -95,8 +95,8 @@ def find_lr(
 ) -> LRRange:
     """Sweep the LR from ``start`` to ``end`` and read LRMIN and LRMAX off the curve.
 
-    The sweep trains copies: afterwards the model, the optimizer, the loader's epoch and the global random generators are
-    as before.
+    The sweep trains copies. The model, the optimizer, the loader's epoch and the global random generators stay as they
+    were.
 
     Args:
         model: the network, on ``precision.device``.
@@ -151,8 +151,8 @@ class _Sweep(LRFinder):
             return math.inf  # ends the sweep; the library would ignore a NaN
         self.lrs.append(lr)
         self.losses.append(value)
-        # The library stops at a multiple of the lowest loss it sees. On a small set, which is soon learned by heart, single
-        # batches exceed any multiple of that. So it sees no loss below the first.
+        # The library stops at a multiple of the lowest loss it sees. Once a small set is learned by heart, one batch may
+        # exceed any multiple of that. So it sees no loss below the first.
         return max(value, self.losses[0])
 
 
@@ -241,7 +241,7 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "steepest-minimu
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """A moving average, (S,) -> (S,): centred, so that it does not shift the curve, and over fewer points at the ends."""
+    """A moving average, (S,) -> (S,): centred, so that it does not shift the curve, and shorter at the ends."""
     kernel = np.ones(SMOOTHING_WINDOW)
     return np.convolve(losses, kernel, "same") / np.convolve(np.ones_like(losses), kernel, "same")
 

@@ -1,4 +1,4 @@
-"""What a run needs from the machine around it: working features, explained failures, and a record of the circumstances."""
+"""What a run needs to know of its machine: which features work, why something failed, which versions ran."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def check_compile(mode: str, device: torch.device) -> None:
     if capability < OLDEST_TRITON_GPU:
         major, minor = capability
         raise CompileError(
-            f"compile is {mode!r}, but {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is not "
-            "supported by Triton, which compiles for GPUs: use --compile off"
+            f"compile is {mode!r}, but {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is "
+            "not supported by Triton, which compiles for GPUs: use --compile off"
         )
 
 
@@ -99,8 +99,8 @@ def explain_failures(batch_size: int):
 
         if says(*_SHARED_MEMORY):
             raise LoaderError(
-                f"the loader processes ran out of shared memory ({reason}): resume with a smaller --num-workers (0 needs "
-                "none), or with --pipeline batched"
+                f"the loader processes ran out of shared memory ({reason}): resume with a smaller --num-workers (0 "
+                "needs none), or with --pipeline batched"
             ) from error
         if isinstance(error, MemoryError) or says(*_OUT_OF_MEMORY):
             raise OutOfMemoryError(
@@ -115,13 +115,13 @@ def explain_failures(batch_size: int):
         lost_connection = isinstance(error, (ConnectionError, EOFError)) and not isinstance(error, BrokenPipeError)
         if says(_DEAD_WORKER) or lost_connection:
             raise LoaderError(
-                f"a loader process died ({reason}), often for lack of memory: resume, and if it dies again use a smaller "
-                "--num-workers, or --pipeline batched, which needs none"
+                f"a loader process died ({reason}), often for lack of memory: resume, and if it dies again use a "
+                "smaller --num-workers, or --pipeline batched, which needs none"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise CompileError(
-                f"torch.compile failed ({reason}): use --compile off, or install what it needs here (a C++ compiler for "
-                "a CPU, Triton for a GPU)"
+                f"torch.compile failed ({reason}): use --compile off, or install what it needs here (a C++ compiler "
+                "for a CPU, Triton for a GPU)"
             ) from error
         raise
 

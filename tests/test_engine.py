@@ -60,12 +60,17 @@ def tiny_config(**changes):
     return quick(**{**settings, **changes})
 
 
-def train(toy, config=None, model=None, precision=FP32, **options):
+def begin(toy, config, precision=FP32):
+    """The state and the two loaders of a new run."""
+    loaders = make_loaders(toy, config, CPU)
+    return start(tiny_model(config.seed), config, LR_MIN, LR_MAX, len(loaders[0]), precision), *loaders
+
+
+def train(toy, config=None, precision=FP32, **options):
     """A whole run; returns its state."""
     config = config or tiny_config()
-    train_loader, test_loader = make_loaders(toy, config, CPU)
-    state = start(model or tiny_model(config.seed), config, LR_MIN, LR_MAX, len(train_loader), precision)
-    fit(state, train_loader, test_loader, config.epochs, **options)
+    state, *loaders = begin(toy, config, precision)
+    fit(state, *loaders, config.epochs, **options)
     return state
 
 
@@ -165,16 +170,15 @@ def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(toy):
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def test_the_history_has_one_entry_an_epoch_and_every_epoch_a_row(toy, capsys):
+def test_every_epoch_has_an_entry_in_the_history_and_a_row(toy, capsys):
     config = tiny_config()
     state = train(toy, config)
     history = state.history
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == table_header()
     assert len(rows) == 1 + config.epochs
-    assert history.epochs == config.epochs
-    for name in ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"):
-        assert len(getattr(history, name)) == config.epochs
+    lists = [value for value in history.to_dict().values() if isinstance(value, list)]
+    assert [len(each) for each in lists] == [history.epochs] * 6 == [config.epochs] * 6
     lrs = one_cycle_lrs(LR_MIN, LR_MAX, config.epochs, config.peak_epoch, 4)
     np.testing.assert_allclose(history.lr, lrs[3::4], rtol=1e-9)  # of the last step of each epoch
     assert (history.train_size, history.test_size) == (60, 30)
@@ -184,7 +188,7 @@ def test_the_history_has_one_entry_an_epoch_and_every_epoch_a_row(toy, capsys):
         assert f"{history.test_accuracy[epoch]:.2f}%" in row
 
 
-def test_the_lr_moves_with_every_step_from_lr_min_to_lr_min(toy, monkeypatch):
+def test_every_step_has_its_lr_of_the_cycle(toy, monkeypatch):
     taken, train_step = [], engine.train_step
 
     def recording(state, *batch):
@@ -196,7 +200,7 @@ def test_the_lr_moves_with_every_step_from_lr_min_to_lr_min(toy, monkeypatch):
     np.testing.assert_allclose(taken, one_cycle_lrs(LR_MIN, LR_MAX, 4, 1, 4), rtol=1e-9)
 
 
-def test_the_same_seed_gives_bit_identical_runs_and_another_one_does_not(toy):
+def test_only_the_same_seed_gives_bit_identical_runs(toy):
     first, second, other = train(toy), train(toy), train(toy, tiny_config(seed=1))
     assert_same_weights(first.model, second.model)
     assert_same_weights(first.tested_model, second.tested_model)
@@ -214,17 +218,17 @@ def test_fit_continues_from_the_state(toy):
             raise StopError
 
     config = tiny_config()
-    loaders = make_loaders(toy, config, CPU)
-    state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
+    state, *loaders = begin(toy, config)
     with pytest.raises(StopError):
         fit(state, *loaders, config.epochs, after_epoch=stop_after_two)
-    fit(state, *make_loaders(toy, config, CPU), config.epochs)
+    _, *new_loaders = begin(toy, config)
+    fit(state, *new_loaders, config.epochs)
     whole = train(toy, config)
     assert state.history.train_loss == whole.history.train_loss
     assert_same_weights(state.model, whole.model)
 
 
-def test_a_finished_run_trains_no_further_and_shows_its_table(toy, capsys):
+def test_a_finished_run_only_shows_its_table(toy, capsys):
     config = tiny_config()
     state = train(toy, config)
     before, table = copy.deepcopy(state.model), capsys.readouterr().out
@@ -242,10 +246,9 @@ def test_after_epoch_sees_the_state_with_that_epoch_in_its_history(toy):
 def test_the_weight_average_follows_its_definition(toy, monkeypatch):
     monkeypatch.setattr(engine, "SHORT_RUN", 0)
     config = tiny_config(ema_decay=0.8, ema_every=2)
-    loaders = make_loaders(toy, config, CPU)
-    model = tiny_model()
-    expected = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
-    state = start(model, config, LR_MIN, LR_MAX, 4, FP32)
+    state, *loaders = begin(toy, config)
+    weights = state.model.state_dict()
+    expected = {name: value.clone() for name, value in weights.items() if value.is_floating_point()}
     schedule_step, steps = state.scheduler.step, []
     decays = [(1 + t) / (10 + t) for t in range(8)]  # all below 0.8 ** 2
 
@@ -255,7 +258,7 @@ def test_the_weight_average_follows_its_definition(toy, monkeypatch):
         if len(steps) % 2 == 0:
             decay = decays[len(steps) // 2 - 1]
             for name in expected:
-                expected[name] = decay * expected[name] + (1 - decay) * state.model.state_dict()[name]
+                expected[name] = decay * expected[name] + (1 - decay) * weights[name]
 
     state.scheduler.step = step
     fit(state, *loaders, config.epochs)
@@ -264,7 +267,7 @@ def test_the_weight_average_follows_its_definition(toy, monkeypatch):
     averaged = state.tested_model.state_dict()
     for name, value in expected.items():  # weights, and the statistics of batch norm
         torch.testing.assert_close(averaged[name], value, msg=name)
-    assert not torch.allclose(averaged["4.weight"], state.model.state_dict()["4.weight"])
+    assert not torch.allclose(averaged["4.weight"], weights["4.weight"])
 
 
 def test_the_average_soon_forgets_the_untrained_weights_and_then_keeps_its_decay():
@@ -378,8 +381,7 @@ def poisoned(toy):
 
     def poisoned(epoch, step):
         config = tiny_config()
-        train_loader, test_loader = make_loaders(toy, config, CPU)
-        state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
+        state, train_loader, test_loader = begin(toy, config)
         return state, partial(fit, state, PoisonedLoader(train_loader, epoch, step), test_loader, config.epochs)
 
     return poisoned
@@ -427,8 +429,7 @@ def test_a_step_exchanges_no_values_with_the_device(toy, monkeypatch):
 
     def calls_of_an_epoch(batch_size):
         config = tiny_config(batch_size=batch_size, ema_every=1)
-        train_loader, _ = make_loaders(toy, config, CPU)
-        state = start(tiny_model(), config, LR_MIN, LR_MAX, len(train_loader), FP32)
+        state, train_loader, _ = begin(toy, config)
         calls.clear()
         train_epoch(state, train_loader)
         return sorted(calls)
@@ -486,7 +487,7 @@ def test_the_optimizer_is_adam_with_the_configured_settings():
 
 @pytest.mark.parametrize("cycle_beta1", [False, True])
 def test_beta1_cycles_only_when_the_config_says_so(toy, cycle_beta1):
-    state = start(tiny_model(), tiny_config(cycle_beta1=cycle_beta1), LR_MIN, LR_MAX, 4, FP32)
+    state, *_ = begin(toy, tiny_config(cycle_beta1=cycle_beta1))
     assert state.optimizer.param_groups[0]["betas"] == (0.95 if cycle_beta1 else 0.9, 0.99)
 
 
@@ -494,8 +495,7 @@ def test_bf16_autocast_keeps_weights_and_metrics_in_float32(toy):
     state = train(toy, precision=Precision("bf16", CPU))
     assert all(parameter.dtype == torch.float32 for parameter in state.model.parameters())
     assert state.history.test_accuracy[-1] > 30
-    logits, _ = next(
-        predict_batches(state.model, make_loaders(toy, tiny_config(), CPU)[1], precision=Precision("bf16", CPU))
-    )
+    test_loader = BatchedLoader(toy.test_images, toy.test_labels, 30)
+    logits, _ = next(predict_batches(state.model, test_loader, precision=Precision("bf16", CPU)))
     assert logits.dtype == torch.float32
     assert torch.equal(logits, logits.bfloat16().float())  # computed in bf16

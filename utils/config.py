@@ -37,9 +37,7 @@ class Config:
 
     # --- augmentation: the assignment's pad 4, crop 32, flip, cutout 8x8 -----------------------------------------
     pad: Annotated[int, Field(ge=0, le=31)] = 4  # pixels on *each* side: the 32x32 crop moves by up to 4 either way
-    pad_mode: Literal["reflect", "constant"] = (
-        "reflect"  # mirror the picture at its border, or pad with the mean colour
-    )
+    pad_mode: Literal["reflect", "constant"] = "reflect"  # mirror the image at its border, or use the mean colour
     flip: bool = True
     # "batched" only: mirror each image in every other epoch, instead of at random (see BatchedLoader).
     alternate_flip: bool = True
@@ -48,9 +46,9 @@ class Config:
     # --- model ------------------------------------------------------------------------------------------------
     width: Count = 64  # channels of the first layer; 32 halves every layer
     dropout: Fraction = 0.0  # augmentation and 24 short epochs regularize enough
-    logit_scale: Positive = 0.125  # the loss starts near ln 10 (see models/custom_resnet.py)
+    logit_scale: Positive = 0.125  # makes the loss start near ln 10 (see models/custom_resnet.py)
     residual: bool = True  # False: R(x) instead of x + R(x), the ablation this lesson is about
-    conv_padding: Literal["zeros", "replicate"] = "zeros"  # beyond the border of a convolution's input
+    conv_padding: Literal["zeros", "replicate"] = "zeros"  # what pads the input of a convolution
     norm_momentum: Fraction = 0.1  # how far batch norm's running statistics move per step
     ghost_batch: Annotated[int, Field(ge=0)] = 0  # batch norm over groups of this many images; 0: the whole batch
     init: Literal["default", "patches"] = "default"  # "patches": first filters computed from patches of the images

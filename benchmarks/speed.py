@@ -33,15 +33,14 @@ from utils import plotting
 from utils.config import Config, ConfigError
 from utils.runs import report
 from utils.runs.door import run_door
+from utils.runs.machine import code_commit, versions
 from utils.runtime import (
     PROJECT_ROOT,
-    code_commit,
     device_name,
     pick_device,
     pick_precision,
     say,
     set_threads,
-    versions,
     write_atomically,
 )
 

@@ -19,6 +19,7 @@ from utils.config import Config, full, quick
 from utils.dataset import ImageDataset
 from utils.engine import NonFiniteLossError
 from utils.lr_finder import LRRangeError
+from utils.runs import machine
 from utils.runs.checkpoint import differences
 from utils.runs.folder import RunLockedError
 from utils.runs.job import is_finished, run_job
@@ -156,7 +157,7 @@ class Campaign:
                 run_job(config, dataset, folder, device=self.device)
             except (NonFiniteLossError, LRRangeError) as error:
                 failed = {"reason": str(error), "config": config.to_dict(), "device": runtime.device_name(self.device)}
-                failed |= {"versions": runtime.versions(), "commit": runtime.code_commit()}
+                failed |= {"versions": machine.versions(), "commit": machine.code_commit()}
                 write_json(folder / FAILED_NAME, failed)
         return read_record(folder)
 

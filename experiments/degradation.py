@@ -15,6 +15,7 @@ from pathlib import Path
 from experiments.campaign import write_json
 from utils import lesson, runtime
 from utils.dataset import ImageDataset, load_dataset
+from utils.runs import machine
 
 SETTINGS = {"train_images": 3000, "epochs": 10, "depths": [8, 20, 44], "lrs": [1e-3, 3e-3], "seeds": [0, 1, 2]}
 
@@ -35,7 +36,7 @@ def run_all(dataset: ImageDataset, out: Path, settings: dict) -> dict:
     stored = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     if {name: stored.get(name) for name in about} != about:
         device = runtime.device_name(runtime.pick_device("cpu"))
-        stored = {**about, "device": device, "versions": runtime.versions(), "runs": []}
+        stored = {**about, "device": device, "versions": machine.versions(), "runs": []}
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {(run["seed"], run["lr"], run["depth"], run["skip"]) for run in stored["runs"]}
     small = dataset.subset(settings["train_images"])

@@ -2,8 +2,8 @@
 
 Read bottom-up: ``CustomResNet`` stacks four ``CustomLayer``s, each made of ``ConvLayer``s.
 
-The shape is the ResNet-9 of D. Page, *How to train your ResNet* (2018); the residual connection is He et al.,
-*Deep Residual Learning for Image Recognition* (2015), https://arxiv.org/abs/1512.03385.
+The architecture is the ResNet-9 of D. Page, *How to train your ResNet* (2018). The residual connection is from He et
+al., *Deep Residual Learning for Image Recognition* (2015), https://arxiv.org/abs/1512.03385.
 """
 
 import torch
@@ -15,14 +15,14 @@ IMAGE_SIZE = 32
 class ConvLayer(nn.Module):
     """3x3 convolution -> (max-pool) -> batch norm -> ReLU -> dropout.
 
-    Pooling comes *before* batch norm and ReLU: the maximum commutes with both (up to the sign of the BN scale), and
-    doing it first leaves them a quarter of the pixels to process.
+    Pooling comes *before* batch norm and ReLU: the maximum commutes with both (up to the sign of batch norm's scale),
+    and in this order they have only a quarter of the pixels to process.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         pool: halve height and width with a 2x2 max-pool.
-        dropout: probability of zeroing an activation while training; 0 turns it off.
+        dropout: probability of zeroing an activation in training; 0: no dropout.
 
     Shapes:
         (N, in_channels, H, W) -> (N, out_channels, H, W), or (N, out_channels, H/2, W/2) with ``pool``.
@@ -30,7 +30,7 @@ class ConvLayer(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, pool: bool = False, dropout: float = 0.0):
         super().__init__()
-        # No bias: batch norm subtracts the channel mean, and with it any constant that a bias would add.
+        # No bias: batch norm subtracts the channel's mean, and any bias with it.
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.pool = nn.MaxPool2d(2) if pool else None
         self.norm = nn.BatchNorm2d(out_channels)
@@ -47,13 +47,13 @@ class ConvLayer(nn.Module):
 
 
 class CustomLayer(nn.Module):
-    """One ``ConvLayer`` x, optionally followed by a residual block: ``x + R(x)``, R being two ``ConvLayer``s.
+    """One ``ConvLayer``, optionally followed by a residual block: ``x + R(x)``, where R is two ``ConvLayer``s.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        pool: halve height and width in the first convolution.
-        residual: add the block of two convolutions and its skip connection.
+        pool: halve height and width in the first ``ConvLayer``.
+        residual: add the residual block.
         dropout: passed to every ``ConvLayer``.
 
     Shapes:
@@ -84,17 +84,17 @@ class CustomResNet(nn.Module):
 
     Args:
         num_classes: size of the output, at least 2.
-        dropout: probability used after each ReLU; the fast recipes use none.
-        logit_scale: the linear layer's output is multiplied by this. Two residual sums and a max-pool make the raw
-            logits large, so that an untrained network starts at a loss of about 4.5; scaled by 1/8 (Page, 2018) it
-            starts near ln 10 = 2.30, the loss of a network that knows nothing and says so.
+        dropout: probability used after each ReLU.
+        logit_scale: the output of the linear layer is multiplied by this. Two residual sums and a max-pool make the raw
+            logits large: an untrained network would start at a loss of about 4.5. Scaled by 1/8 (Page, 2018) it starts
+            near ln 10 = 2.30, the loss of giving every class the same probability.
         width: channels of the first layer; the other three have 2, 4 and 8 times as many.
 
     Shapes:
-        (N, 3, 32, 32) float -> (N, num_classes) logits (no softmax: it belongs to the loss, and to ``predict_proba``).
+        (N, 3, 32, 32) float -> (N, num_classes) logits. The softmax is part of the loss, and of ``predict_proba``.
 
     Raises:
-        ValueError: ``num_classes`` below 2, ``dropout`` outside [0, 1), ``width`` below 1, or an input that is not
+        ValueError: ``num_classes`` is below 2, ``dropout`` outside [0, 1), ``width`` below 1, or the input is not
             (N, 3, 32, 32).
     """
 
@@ -132,7 +132,7 @@ class CustomResNet(nn.Module):
 
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:
-        """Class probabilities of a batch, computed in eval mode; the model's own mode is put back afterwards.
+        """Class probabilities of a batch, computed in eval mode; the model's mode is restored afterwards.
 
         Args:
             x: (N, 3, 32, 32) float, normalized.

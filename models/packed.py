@@ -1,12 +1,13 @@
-"""Small maps side by side: the same convolutions, laid out for a CPU with bf16 matrix units.
+"""Small maps side by side: the same convolutions, in a layout that suits a CPU with bf16 matrix units.
 
-AMX and AVX512-BF16 work on tiles of 16 and more pixels of a row. A row of a 4x4 map fills a quarter of one, and the last
-residual block spends a third of a training step on a fifth of its arithmetic. So eight images are put side by side,
+AMX and AVX512-BF16 work on tiles of at least 16 pixels from one row. A row of a 4x4 map fills a quarter of a tile, so
+the last residual block takes a third of a training step for a fifth of its arithmetic. Therefore eight images are put
+side by side,
 
     | image 0 | 0 | image 1 | 0 | ... | image 7 | 0 |
 
-with one column of zeros behind each: the zero padding that a 3x3 convolution sees there anyway. Every pixel is the same
-sum of the same products, apart from products with zeros; modules, parameters and ``state_dict`` stay what they were.
+each followed by one column of zeros, which serves as the zero padding of the 3x3 convolution. Every output pixel is the
+same sum of products, apart from products with zeros; modules, parameters and ``state_dict`` do not change.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIDE_BY_SIDE = 8  # images in a row: 40 pixels of 4x4 maps, 72 of 8x8
-LARGEST_SIDE = 8  # rows of 16 pixels fill a tile by themselves
+LARGEST_SIDE = 8  # a row of 16 pixels fills a tile by itself
 
 
 class PackedConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 and stride 1 that packs maps of up to 8x8; larger ones it leaves as they are."""
+    """A 3x3 convolution with padding 1 and stride 1 that packs maps of up to 8x8, and no larger ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         if max(x.shape[-2:]) > LARGEST_SIDE or len(x) < SIDE_BY_SIDE:
@@ -29,9 +30,9 @@ class PackedConv2d(nn.Conv2d):
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (ceil(N / 8), C, H, 8 * (W + 1)), a column of zeros behind each image, in channels_last.
+    """(N, C, H, W) -> (ceil(N / 8), C, H, 8 * (W + 1)) in channels_last, with a column of zeros behind each image.
 
-    Missing images of the last row are zeros. One copy: each pixel's channels are contiguous and move together.
+    Images missing in the last row are zeros.
     """
     pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C)
     missing = -len(x) % SIDE_BY_SIDE
@@ -48,21 +49,13 @@ def side_by_side_undone(x: Tensor, count: int, width: int) -> Tensor:
 
 
 def pack_small_maps(model: nn.Module) -> nn.Module:
-    """Let every 3x3 convolution of ``model`` with zero padding 1 and stride 1 pack small maps; in place, and returned.
+    """Change every 3x3 convolution with zero padding 1 and stride 1 to pack small maps, in place; returns ``model``.
 
-    Outputs and input gradients stay the same; a weight gradient adds the same products up in another order.
+    Outputs and input gradients stay the same; weight gradients add the same products in another order.
     """
     for module in model.modules():
         if type(module) is nn.Conv2d and _is_packable(module):
-            module.__class__ = PackedConv2d  # same parameters, same names, same hooks; only forward differs
-    return model
-
-
-def unpack(model: nn.Module) -> nn.Module:
-    """The inverse of ``pack_small_maps``; in place, and returned."""
-    for module in model.modules():
-        if type(module) is PackedConv2d:
-            module.__class__ = nn.Conv2d
+            module.__class__ = PackedConv2d  # only forward differs
     return model
 
 

@@ -1,11 +1,12 @@
-"""Every setting is checked where it is made: a wrong one names its value, the reason and the fix."""
+"""Settings are checked when a config is made: the error names the value, the reason and the fix."""
 
 import dataclasses
 import json
 
 import pytest
 
-from utils.config import PROFILES, Config, ConfigError, from_profile, full, quick
+from utils.config import PROFILES, Config, from_profile, full, quick
+from utils.runtime import ConfigError
 
 
 def test_full_is_the_recipe():
@@ -76,7 +77,7 @@ def test_a_config_is_frozen_and_plain_json():
         (dict(lr_rule="guess"), "lr_rule is 'guess': it should be 'steepest-minimum', "),
         (dict(epochs=None), "epochs is None: it should be a valid integer"),
         (dict(epochs=5), "epochs is 5: the LR peaks at epoch 5 .* train for at least 6 epochs or lower peak_epoch"),
-        (dict(lr_max=0.1), "lr_min is None: lr_max is 0.1; give both to skip the range test, or neither"),
+        (dict(lr_max=0.1), "lr_min is None and lr_max is 0.1: give both to skip the range test, or neither"),
         (dict(lr_min=0.1, lr_max=0.1), "lr_min is 0.1: it must be below lr_max, which is 0.1"),
         (dict(lr_min=0.0, lr_max=0.1), "lr_min is 0.0: it should be greater than 0"),
         (dict(lr_min=float("nan"), lr_max=0.1), "lr_min is nan: it should be a finite number"),
@@ -86,7 +87,7 @@ def test_a_config_is_frozen_and_plain_json():
         (dict(precision="fp64"), "precision is 'fp64': it should be 'auto', 'fp32', 'bf16' or 'fp16'"),
         (dict(seed=-1), "seed is -1"),
         (dict(seed=2**64), "seed is 18446744073709551616: it should be less than"),
-        (dict(epoch=3), "epoch is no setting"),
+        (dict(epoch=3), "epoch is not a setting"),
     ],
 )
 def test_a_wrong_setting_names_its_value_and_the_fix(changes, message):
@@ -97,13 +98,13 @@ def test_a_wrong_setting_names_its_value_and_the_fix(changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(epochs=6),  # one epoch to come down in
+        dict(epochs=6),  # one epoch after the peak
         dict(batch_size=100, train_images=100),  # one batch
         dict(lr_min=1e-3, lr_max=1e-2),
         dict(pad=0, cutout=0, flip=False),
-        dict(logit_scale=1, lr_min_factor=2),  # a whole number is a number
+        dict(logit_scale=1, lr_min_factor=2),  # integers count as numbers
         dict(ema_decay=0.0, label_smoothing=0.0, dropout=0.0, decay_at_peak=0.0),
     ],
 )
-def test_the_edges_of_what_works_are_accepted(changes):
+def test_settings_at_the_edge_of_their_range_are_accepted(changes):
     assert dataclasses.replace(Config(), **changes) == Config(**changes)

@@ -1,4 +1,4 @@
-"""Which data is loaded and what it is called; subsets, held-out sets and fingerprints."""
+"""Finding and describing the data; fingerprints, subsets and held-out sets."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ from utils.dataset import DatasetError, ImageDataset, balanced_indices, load_dat
         ("caf\udce9", ["\udce9t\udce9"], r"caf\\xe9 holds \\xe9t\\xe9: expected"),
     ],
 )
-def test_a_folder_without_data_is_told_what_it_should_hold(tmp_path, monkeypatch, name, holds, words):
+def test_the_error_for_a_folder_without_data_says_what_it_should_hold(tmp_path, monkeypatch, name, holds, words):
     folder = name if name.startswith("~") else tmp_path / name
     if holds is not None:
         folder.mkdir()
@@ -39,14 +39,14 @@ def test_a_folder_without_data_is_told_what_it_should_hold(tmp_path, monkeypatch
             (folder / file).touch()
     with pytest.raises(DatasetError, match=words) as error:
         load_dataset(folder)
-    str(error.value).encode()  # whatever the names, it can be printed
+    str(error.value).encode()  # it can be printed
     monkeypatch.setenv("CIFAR10_DIR", str(folder))
     with pytest.raises(DatasetError, match=words):
         load_dataset()
 
 
 @pytest.mark.usefixtures("project_root")
-def test_a_source_is_insisted_on(image_folder):
+def test_only_the_named_source_is_accepted(image_folder):
     with pytest.raises(DatasetError, match="expected torchvision's"):
         load_dataset(image_folder, source="official")
     with pytest.raises(DatasetError, match=r"no folder is named: pass root=... or set \$CIFAR10_DIR"):
@@ -99,7 +99,7 @@ def test_a_fingerprint_changes_with_one_pixel_one_label_or_one_name(toy):
 
 
 def test_a_fingerprint_is_computed_once(image_folder, project_root, monkeypatch):
-    load_dataset(image_folder)  # leaves the decoded images
+    load_dataset(image_folder)  # writes the cache of decoded images
     hashed, sha256 = [], hashlib.sha256
 
     def counting(*args):
@@ -131,12 +131,12 @@ def test_balanced_indices_are_distinct_sorted_and_balanced(labels, count, seed):
     assert (np.diff(chosen) > 0).all()
     names, sizes = np.unique(labels, return_counts=True)
     shares = np.array([(labels[chosen] == name).sum() for name in names])
-    unfinished = shares[shares < sizes]  # a class may have less than the others only if it gave all it has
+    unfinished = shares[shares < sizes]  # only a class that gave all its images may have fewer
     assert shares.max() - unfinished.min(initial=shares.max()) <= 1
     np.testing.assert_array_equal(chosen, balanced_indices(labels, count, seed))
 
 
-def test_too_large_a_subset_names_the_limit():
+def test_the_error_for_too_large_a_subset_names_the_limit():
     with pytest.raises(DatasetError, match="a subset of 56 images of 55: ask for at most 55"):
         balanced_indices(np.array([0] * 5 + [1] * 50), 56, seed=0)
 
@@ -147,7 +147,7 @@ def test_unbalanced_own_images_can_be_subset():
 
 
 def numbered_dataset(count, classes=4):
-    """Images that carry their own index, so that a split's pixels say which images it took."""
+    """Images whose pixels hold their index."""
     index = np.arange(count)
     images = np.zeros((count, 32, 32, 3), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 256, index // 256
@@ -159,19 +159,24 @@ def numbers_of(images):
     return images[:, 0, 0, 0].astype(int) + 256 * images[:, 0, 0, 1].astype(int)
 
 
+def assert_balanced(images, labels, count):
+    """``count`` different images of a numbered dataset, with their labels, balanced; returns their numbers."""
+    numbers = numbers_of(images)
+    assert len(labels) == count == len(set(numbers))
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(labels, numbers % 4)
+    shares = np.bincount(labels, minlength=4)
+    assert shares.max() - shares.min() <= 1
+    return numbers
+
+
 @given(count=st.integers(40, 400), held=st.integers(4, 36), seed=st.integers(0, 100))
 @settings(max_examples=40)
-def test_a_holdout_takes_balanced_train_images_out_of_train(count, held, seed):
-    dataset = numbered_dataset(count)
-    split = dataset.holdout(held, seed)
-    train, test = numbers_of(split.train_images), numbers_of(split.test_images)
-    assert len(test) == held
-    assert set(train) | set(test) == set(range(count))
-    assert not set(train) & set(test)
-    np.testing.assert_array_equal(split.train_labels, train % 4)  # every image keeps its label
-    np.testing.assert_array_equal(split.test_labels, test % 4)
-    shares = np.bincount(split.test_labels, minlength=4)
-    assert shares.max() - shares.min() <= 1
+def test_a_holdout_moves_balanced_train_images_to_test(count, held, seed):
+    split = numbered_dataset(count).holdout(held, seed)
+    numbers = [assert_balanced(split.test_images, split.test_labels, held), numbers_of(split.train_images)]
+    np.testing.assert_array_equal(split.train_labels, numbers[1] % 4)
+    assert sorted(np.concatenate(numbers)) == list(range(count))
     assert f"{held:,} train images held out" in split.description
 
 
@@ -181,15 +186,8 @@ def test_a_subset_is_balanced_and_keeps_images_with_their_labels(train, test, se
     whole = numbered_dataset(120)
     dataset = dataclasses.replace(whole, test_images=whole.train_images[:40], test_labels=whole.train_labels[:40])
     small = dataset.subset(train, test, seed)
-    for images, labels, count in (
-        (small.train_images, small.train_labels, train),
-        (small.test_images, small.test_labels, test),
-    ):
-        assert len(labels) == count == len(set(numbers_of(images)))
-        np.testing.assert_array_equal(labels, numbers_of(images) % 4)
-        shares = np.bincount(labels, minlength=4)
-        assert shares.max() - shares.min() <= 1
-        assert images.dtype == np.uint8
+    assert_balanced(small.train_images, small.train_labels, train)
+    assert_balanced(small.test_images, small.test_labels, test)
 
 
 def test_a_subset_at_least_as_large_as_the_set_is_the_set(toy):

@@ -1,13 +1,10 @@
-"""Training and testing, on networks small enough for every claim to be checked by hand."""
+"""Training and testing, on networks so small that every claim can be checked directly."""
 
 import copy
 import math
-import platform
-import random
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import engine, runtime
+from utils import engine
 from utils.config import quick
 from utils.engine import (
     NonFiniteLossError,
-    RunningMetrics,
     TrainState,
     WeightAverage,
     evaluate,
@@ -28,20 +24,12 @@ from utils.engine import (
     make_optimizer,
     predict_batches,
     start,
-    table_header,
     train_epoch,
 )
 from utils.loaders import BatchedLoader, make_loaders
-from utils.runtime import (
-    CompileError,
-    ConfigError,
-    Precision,
-    explain_failures,
-    keep_freed_memory,
-    pick_device,
-    pick_precision,
-    seed_everything,
-)
+from utils.metrics import RunningMetrics, table_header
+from utils.runs.machine import CompileError, explain_failures
+from utils.runtime import Precision, seed_everything
 from utils.schedule import one_cycle_lrs
 from utils.transforms import normalize
 
@@ -51,7 +39,7 @@ LR_MIN, LR_MAX = 1e-3, 1e-2
 
 
 def tiny_model(seed=0):
-    """A stand-in for the network with all that training touches: convolution, batch norm, linear layer."""
+    """Convolution, batch norm and linear layer, like the real network."""
     seed_everything(seed)
     return nn.Sequential(
         nn.Conv2d(3, 8, 5, stride=4, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10)
@@ -59,7 +47,7 @@ def tiny_model(seed=0):
 
 
 def linear_model():
-    """The same in train and eval mode."""
+    """Behaves the same in train and eval mode."""
     seed_everything(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 
@@ -72,12 +60,17 @@ def tiny_config(**changes):
     return quick(**{**settings, **changes})
 
 
-def train(toy, config=None, model=None, precision=FP32, **options):
+def begin(toy, config, precision=FP32):
+    """The state and the two loaders of a new run."""
+    loaders = make_loaders(toy, config, CPU)
+    return start(tiny_model(config.seed), config, LR_MIN, LR_MAX, len(loaders[0]), precision), *loaders
+
+
+def train(toy, config=None, precision=FP32, **options):
     """A whole run; returns its state."""
     config = config or tiny_config()
-    train_loader, test_loader = make_loaders(toy, config, CPU)
-    state = start(model or tiny_model(config.seed), config, LR_MIN, LR_MAX, len(train_loader), precision)
-    fit(state, train_loader, test_loader, config.epochs, **options)
+    state, *loaders = begin(toy, config, precision)
+    fit(state, *loaders, config.epochs, **options)
     return state
 
 
@@ -88,53 +81,50 @@ def assert_same_weights(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-def run_train_epoch(model, loader, lr=0.0, criterion=None):
-    """One epoch with plain gradient descent at a constant LR."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    criterion = criterion or nn.CrossEntropyLoss()
-    return train_epoch(TrainState(model, optimizer, criterion, FP32, FP32.grad_scaler(), scheduler), loader)
+def logits_and_labels(model, images, labels):
+    """Of a whole split at once, in the model's current mode, as float32."""
+    with torch.no_grad():
+        return model(normalize(torch.from_numpy(images))), torch.from_numpy(labels)
+
+
+def assert_metrics_of(metrics, logits, labels):
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics.correct == (logits.argmax(1) == labels).sum()
+    assert metrics.count == len(labels)
+    assert metrics.accuracy == pytest.approx(100 * metrics.correct / len(labels))
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [30, 16, 7, 1])
-def test_evaluation_weights_every_image_alike_whatever_the_batches(toy, batch_size):
+def test_evaluation_weights_every_image_alike_for_any_batch_size(toy, batch_size):
     model = tiny_model().eval()
-    with torch.no_grad():
-        logits = model(normalize(torch.from_numpy(toy.test_images)))
-    labels = torch.from_numpy(toy.test_labels)
     metrics = evaluate(model, BatchedLoader(toy.test_images, toy.test_labels, batch_size), precision=FP32)
-    assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert metrics.correct == (logits.argmax(1) == labels).sum()
-    assert metrics.count == 30
-    assert metrics.accuracy == pytest.approx(100 * metrics.correct / 30)
+    assert_metrics_of(metrics, *logits_and_labels(model, toy.test_images, toy.test_labels))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_train_loss_is_the_per_image_mean_without_label_smoothing(toy, smoothing):
-    # At LR 0 the network stays what it is, so the epoch's mean can be computed at once; 60 = 16 + 16 + 16 + 12.
+    # At LR 0 the network does not change, so the mean over the epoch can be computed at once; 60 = 16 + 16 + 16 + 12.
     model = linear_model()
-    loader = BatchedLoader(toy.train_images, toy.train_labels, 16)
-    metrics = run_train_epoch(model, loader, criterion=nn.CrossEntropyLoss(label_smoothing=smoothing))
-    logits = model(normalize(torch.from_numpy(toy.train_images)))
-    labels = torch.from_numpy(toy.train_labels)
-    assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert metrics.correct == (logits.argmax(1) == labels).sum()
-    assert metrics.count == 60
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    state = TrainState(model, optimizer, criterion, FP32, FP32.grad_scaler(), scheduler)
+    metrics = train_epoch(state, BatchedLoader(toy.train_images, toy.train_labels, 16))
     assert model.training
+    assert_metrics_of(metrics, *logits_and_labels(model, toy.train_images, toy.train_labels))
 
 
-def test_label_smoothing_is_in_what_is_minimized(toy):
-    # The gradient differs although the reported loss does not.
+def test_label_smoothing_is_part_of_the_minimized_loss():
     config = tiny_config(label_smoothing=0.2)
     logits, labels = torch.randn(8, 10, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     smoothed = -(0.8 * logits.log_softmax(1)[range(8), labels] + 0.2 * logits.log_softmax(1).mean(1)).mean()
     torch.testing.assert_close(make_criterion(config)(logits, labels), smoothed)
 
 
-def test_running_metrics_remember_the_first_bad_step():
+def test_running_metrics_find_the_first_bad_step():
     running = RunningMetrics()
     labels = torch.tensor([0, 1])
     for value in (1.0, 2.0, math.nan, 1.0, math.inf):
@@ -146,7 +136,7 @@ def test_running_metrics_remember_the_first_bad_step():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_runs_in_eval_mode_and_leaves_no_trace(toy, training):
+def test_evaluation_runs_in_eval_mode_and_changes_nothing(toy, training):
     model = tiny_model().train(training)
     before = copy.deepcopy(model)
     loader = BatchedLoader(toy.test_images, toy.test_labels, 16)
@@ -159,7 +149,7 @@ def test_evaluation_runs_in_eval_mode_and_leaves_no_trace(toy, training):
     assert not any(logits.requires_grad for logits, _ in predict_batches(model, loader, precision=FP32))
 
 
-def test_the_mode_is_put_back_after_an_error(toy):
+def test_the_mode_is_restored_after_an_error():
     model = tiny_model().train()
     with pytest.raises(RuntimeError):
         evaluate(model, [(torch.zeros(1, 5, 32, 32), torch.zeros(1, dtype=torch.int64))], precision=FP32)
@@ -169,35 +159,26 @@ def test_the_mode_is_put_back_after_an_error(toy):
 def test_tta_averages_the_logits_of_an_image_and_its_mirror_image(toy):
     model = tiny_model().eval()
     loader = BatchedLoader(toy.test_images, toy.test_labels, 16)
-    images, labels = normalize(torch.from_numpy(toy.test_images)), torch.from_numpy(toy.test_labels)
-    with torch.no_grad():
-        plain, mirrored = model(images), model(images.flip(3))
+    plain, labels = logits_and_labels(model, toy.test_images, toy.test_labels)
+    mirrored, _ = logits_and_labels(model, toy.test_images[:, :, ::-1].copy(), toy.test_labels)
     logits = torch.cat([logits for logits, _ in predict_batches(model, loader, precision=FP32, tta=True)])
     torch.testing.assert_close(logits, (plain + mirrored) / 2)
-    metrics = evaluate(model, loader, precision=FP32, tta=True)
-    assert metrics.loss == pytest.approx(F.cross_entropy((plain + mirrored) / 2, labels).item(), rel=1e-5)
-    assert metrics.loss != pytest.approx(F.cross_entropy(plain, labels).item(), rel=1e-5)
+    assert not torch.allclose(logits, plain)
+    assert_metrics_of(evaluate(model, loader, precision=FP32, tta=True), logits, labels)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def test_a_few_epochs_learn_the_toy_images(toy):
-    history = train(toy, tiny_config(epochs=5)).history
-    assert history.test_accuracy[-1] > 30  # three times chance
-    assert history.train_loss[-1] < history.train_loss[0]
-
-
-def test_the_history_has_one_entry_an_epoch_and_every_epoch_a_row(toy, capsys):
+def test_every_epoch_has_an_entry_in_the_history_and_a_row(toy, capsys):
     config = tiny_config()
     state = train(toy, config)
     history = state.history
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == table_header()
     assert len(rows) == 1 + config.epochs
-    assert history.epochs == config.epochs
-    for name in ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"):
-        assert len(getattr(history, name)) == config.epochs
+    lists = [value for value in history.to_dict().values() if isinstance(value, list)]
+    assert [len(each) for each in lists] == [history.epochs] * 6 == [config.epochs] * 6
     lrs = one_cycle_lrs(LR_MIN, LR_MAX, config.epochs, config.peak_epoch, 4)
     np.testing.assert_allclose(history.lr, lrs[3::4], rtol=1e-9)  # of the last step of each epoch
     assert (history.train_size, history.test_size) == (60, 30)
@@ -207,7 +188,7 @@ def test_the_history_has_one_entry_an_epoch_and_every_epoch_a_row(toy, capsys):
         assert f"{history.test_accuracy[epoch]:.2f}%" in row
 
 
-def test_the_lr_moves_with_every_step_from_lr_min_to_lr_min(toy, monkeypatch):
+def test_every_step_has_its_lr_of_the_cycle(toy, monkeypatch):
     taken, train_step = [], engine.train_step
 
     def recording(state, *batch):
@@ -219,7 +200,7 @@ def test_the_lr_moves_with_every_step_from_lr_min_to_lr_min(toy, monkeypatch):
     np.testing.assert_allclose(taken, one_cycle_lrs(LR_MIN, LR_MAX, 4, 1, 4), rtol=1e-9)
 
 
-def test_the_same_seed_gives_bit_identical_runs_and_another_one_does_not(toy):
+def test_only_the_same_seed_gives_bit_identical_runs(toy):
     first, second, other = train(toy), train(toy), train(toy, tiny_config(seed=1))
     assert_same_weights(first.model, second.model)
     assert_same_weights(first.tested_model, second.tested_model)
@@ -228,7 +209,7 @@ def test_the_same_seed_gives_bit_identical_runs_and_another_one_does_not(toy):
     assert first.history.train_loss != other.history.train_loss
 
 
-def test_fit_goes_on_where_the_state_stands(toy):
+def test_fit_continues_from_the_state(toy):
     class StopError(Exception):
         pass
 
@@ -237,17 +218,17 @@ def test_fit_goes_on_where_the_state_stands(toy):
             raise StopError
 
     config = tiny_config()
-    loaders = make_loaders(toy, config, CPU)
-    state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
+    state, *loaders = begin(toy, config)
     with pytest.raises(StopError):
         fit(state, *loaders, config.epochs, after_epoch=stop_after_two)
-    fit(state, *make_loaders(toy, config, CPU), config.epochs)
+    _, *new_loaders = begin(toy, config)
+    fit(state, *new_loaders, config.epochs)
     whole = train(toy, config)
     assert state.history.train_loss == whole.history.train_loss
     assert_same_weights(state.model, whole.model)
 
 
-def test_a_finished_run_trains_no_further_and_shows_its_table(toy, capsys):
+def test_a_finished_run_only_shows_its_table(toy, capsys):
     config = tiny_config()
     state = train(toy, config)
     before, table = copy.deepcopy(state.model), capsys.readouterr().out
@@ -262,16 +243,14 @@ def test_after_epoch_sees_the_state_with_that_epoch_in_its_history(toy):
     assert seen == [(state, epoch) for epoch in (1, 2, 3, 4)]
 
 
-def test_the_average_of_the_weights_is_the_one_defined(toy, monkeypatch):
+def test_the_weight_average_follows_its_definition(toy, monkeypatch):
     monkeypatch.setattr(engine, "SHORT_RUN", 0)
     config = tiny_config(ema_decay=0.8, ema_every=2)
-    loaders = make_loaders(toy, config, CPU)
-    model = tiny_model()
-    expected = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
-    state = start(model, config, LR_MIN, LR_MAX, 4, FP32)
+    state, *loaders = begin(toy, config)
+    weights = state.model.state_dict()
+    expected = {name: value.clone() for name, value in weights.items() if value.is_floating_point()}
     schedule_step, steps = state.scheduler.step, []
-    # 8 updates of decay 0.8 ** 2 = 0.64, the first of them less: (1 + t) / (10 + t).
-    decays = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17]
+    decays = [(1 + t) / (10 + t) for t in range(8)]  # all below 0.8 ** 2
 
     def step():
         schedule_step()
@@ -279,7 +258,7 @@ def test_the_average_of_the_weights_is_the_one_defined(toy, monkeypatch):
         if len(steps) % 2 == 0:
             decay = decays[len(steps) // 2 - 1]
             for name in expected:
-                expected[name] = decay * expected[name] + (1 - decay) * state.model.state_dict()[name]
+                expected[name] = decay * expected[name] + (1 - decay) * weights[name]
 
     state.scheduler.step = step
     fit(state, *loaders, config.epochs)
@@ -288,10 +267,10 @@ def test_the_average_of_the_weights_is_the_one_defined(toy, monkeypatch):
     averaged = state.tested_model.state_dict()
     for name, value in expected.items():  # weights, and the statistics of batch norm
         torch.testing.assert_close(averaged[name], value, msg=name)
-    assert not torch.allclose(averaged["4.weight"], state.model.state_dict()["4.weight"])
+    assert not torch.allclose(averaged["4.weight"], weights["4.weight"])
 
 
-def test_the_average_forgets_the_untrained_weights_soon_and_then_keeps_its_decay():
+def test_the_average_soon_forgets_the_untrained_weights_and_then_keeps_its_decay():
     model = nn.Linear(1, 1)
     nn.init.zeros_(model.weight)  # the untrained weights are 0, the trained ones 1
     average = WeightAverage(model, decay=0.9)
@@ -304,11 +283,11 @@ def test_the_average_forgets_the_untrained_weights_soon_and_then_keeps_its_decay
     assert seen[1] == pytest.approx(1 - 0.1 * 2 / 11)
     assert seen[-1] == pytest.approx(1)
     nn.init.zeros_(model.weight)
-    average.update(model, 0)  # by now the first updates are long over
+    average.update(model, 0)
     assert average.module.weight.item() == pytest.approx(0.9)
     copied = WeightAverage(model, decay=0.9)
     copied.load_state_dict(average.state_dict())
-    for each in (average, copied):  # goes on where the other stands
+    for each in (average, copied):  # the copy continues from the same state
         each.update(model, 0)
         assert each.module.weight.item() == pytest.approx(0.81)
 
@@ -323,7 +302,7 @@ def test_a_run_of_few_steps_is_not_tested_on_its_untrained_weights(toy, batch_si
     assert history.test_loss[-1] < 2.0
 
 
-def test_further_averages_ride_along_and_change_nothing(toy, monkeypatch):
+def test_further_averages_change_nothing(toy, monkeypatch):
     monkeypatch.setattr(engine, "SHORT_RUN", 0)
     alone, accompanied = train(toy), train(toy, tiny_config(ema_also=(0.9, 0.0)))
     assert_same_weights(alone.tested_model, accompanied.tested_model)
@@ -341,7 +320,7 @@ def test_testing_less_often_changes_nothing_but_the_gaps_in_the_table(toy, capsy
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
-def test_what_is_tested_is_the_average_where_there_is_one(toy, ema_decay):
+def test_the_average_is_tested_if_there_is_one(toy, ema_decay):
     config = tiny_config(ema_decay=ema_decay)
     state = train(toy, config)
     assert (state.tested_model is state.model) == (ema_decay == 0)
@@ -356,7 +335,7 @@ def test_what_is_tested_is_the_average_where_there_is_one(toy, ema_decay):
 
 @pytest.fixture
 def inductor():
-    """The compiler behind ``torch.compile``, as if this process had compiled nothing yet, then and after."""
+    """The configuration of the compiler behind ``torch.compile``, with nothing compiled before or after."""
     torch.compiler.reset()
     yield torch._inductor.config
     torch.compiler.reset()
@@ -366,12 +345,12 @@ def inductor():
 def test_a_compiled_network_trains_to_the_same_weights(toy, inductor):
     expected = train(toy, tiny_config(epochs=2))
     compiled = train(toy, tiny_config(epochs=2, compile="default"))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it was compiled, not merely marked
-    for name, value in expected.model.state_dict().items():  # under the same names: weights and checkpoints are as ever
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it really was compiled
+    for name, value in expected.model.state_dict().items():  # under the same names
         torch.testing.assert_close(compiled.model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_without_a_compiler_the_error_says_how_to_do_without(toy, inductor, monkeypatch):
+def test_the_error_without_a_compiler_names_the_fix(toy, inductor, monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
     monkeypatch.setattr(inductor, "force_disable_caches", True)
     with (
@@ -381,20 +360,11 @@ def test_without_a_compiler_the_error_says_how_to_do_without(toy, inductor, monk
         train(toy, tiny_config(compile="default"))
 
 
-def test_a_gpu_that_triton_does_not_know_is_told_before_anything_is_compiled(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(CompileError, match=r"compile is 'default', but Tesla T4 .*7\.5.*: use --compile off"):
-        runtime.check_compile("default", torch.device("cuda"))
-    runtime.check_compile("off", torch.device("cuda"))
-    runtime.check_compile("default", CPU)
-
-
 # --- a loss that is not finite --------------------------------------------------------------------------------------
 
 
 class PoisonedLoader:
-    """The loader of another, with NaN for the images of one step of one epoch (both counted from 0)."""
+    """Wraps a loader; the images of one step of one epoch (both counted from 0) are NaN."""
 
     def __init__(self, loader, epoch, step):
         self.loader, self.bad_epoch, self.bad_step, self.epoch = loader, epoch, step, 0
@@ -405,35 +375,41 @@ class PoisonedLoader:
             yield (images * math.nan if bad else images), labels
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_lr_and_hint_and_keeps_the_history(toy):
-    config = tiny_config()
-    train_loader, test_loader = make_loaders(toy, config, CPU)
-    state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
-    with pytest.raises(NonFiniteLossError) as error:
-        fit(state, PoisonedLoader(train_loader, epoch=2, step=1), test_loader, config.epochs)
-    lr = one_cycle_lrs(LR_MIN, LR_MAX, config.epochs, config.peak_epoch, 4)[2 * 4 + 1]
-    expected = f"epoch 3/4: the loss is not finite at step 2, where the LR was {lr:.2e}: lower lr_max"
-    assert str(error.value).startswith(expected)
-    assert "NaN" in str(error.value)
+@pytest.fixture
+def poisoned(toy):
+    """``poisoned(epoch, step)``: a state, and ``fit`` for it on images that are NaN at that step."""
+
+    def poisoned(epoch, step):
+        config = tiny_config()
+        state, train_loader, test_loader = begin(toy, config)
+        return state, partial(fit, state, PoisonedLoader(train_loader, epoch, step), test_loader, config.epochs)
+
+    return poisoned
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_lr_and_hint_and_keeps_the_history(poisoned):
+    state, fit_state = poisoned(epoch=2, step=1)
+    lr = one_cycle_lrs(LR_MIN, LR_MAX, 4, 1, 4)[2 * 4 + 1]
+    message = f"epoch 3/4: the loss is not finite at step 2, where the LR was {lr:.2e}: lower lr_max"
+    with pytest.raises(NonFiniteLossError, match=f"^{re.escape(message)} .*NaN"):
+        fit_state()
     assert state.history.epochs == 2
     assert np.isfinite(state.history.train_loss).all()
 
 
-def test_the_progress_bar_notices_a_loss_that_is_not_finite_before_the_epoch_ends(toy, monkeypatch):
+def test_the_progress_bar_notices_a_loss_that_is_not_finite_before_the_epoch_ends(poisoned, monkeypatch):
     monkeypatch.setattr(engine, "BAR_SECONDS", -1.0)  # read at every step
-    config = tiny_config()
-    train_loader, test_loader = make_loaders(toy, config, CPU)
-    state = start(tiny_model(), config, LR_MIN, LR_MAX, 4, FP32)
+    state, fit_state = poisoned(epoch=0, step=0)
     with pytest.raises(NonFiniteLossError, match="at step 1, where"):
-        fit(state, PoisonedLoader(train_loader, epoch=0, step=0), test_loader, config.epochs)
+        fit_state()
     assert state.scheduler.last_epoch == 1  # one step was taken, not four
 
 
 # --- no waiting for the device --------------------------------------------------------------------------------------
 
 
-def test_the_loop_exchanges_no_value_with_the_device_at_every_step(toy, monkeypatch):
-    # Reading a tensor and making one from Python values both wait for a GPU; here their calls are counted.
+def test_a_step_exchanges_no_values_with_the_device(toy, monkeypatch):
+    # Both reading a tensor and making one from Python values wait for a GPU; their calls are counted here.
     monkeypatch.setattr(engine, "BAR_SECONDS", math.inf)
     calls = []
 
@@ -453,13 +429,12 @@ def test_the_loop_exchanges_no_value_with_the_device_at_every_step(toy, monkeypa
 
     def calls_of_an_epoch(batch_size):
         config = tiny_config(batch_size=batch_size, ema_every=1)
-        train_loader, _ = make_loaders(toy, config, CPU)
-        state = start(tiny_model(), config, LR_MIN, LR_MAX, len(train_loader), FP32)
+        state, train_loader, _ = begin(toy, config)
         calls.clear()
         train_epoch(state, train_loader)
         return sorted(calls)
 
-    calls_of_an_epoch(30)  # what is made once a device is made here
+    calls_of_an_epoch(30)  # tensors that are made once per device are made here
     few, many = calls_of_an_epoch(30), calls_of_an_epoch(2)  # 2 steps, 30 steps
     assert few == many
     assert few  # the metrics, at the end
@@ -468,43 +443,40 @@ def test_the_loop_exchanges_no_value_with_the_device_at_every_step(toy, monkeypa
 # --- optimizer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr_max", [0.01, 0.5])
-def test_weight_decay_at_the_peak_is_the_setting_and_is_decoupled(lr_max):
-    model = linear_model()
-    optimizer = make_optimizer(model, tiny_config(decay_at_peak=2e-3), lr_max)
-    before = model[1].weight.detach().clone()
+def step_without_gradient(lr_max=0.01, **settings):
+    """The model before and after an optimizer step in which only the weight decay moves the parameters."""
+    model = tiny_model()
+    nn.init.ones_(model[4].bias)
+    before = copy.deepcopy(model)
+    optimizer = make_optimizer(model, tiny_config(**settings), lr_max)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # without a gradient only the decay moves the weights
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    torch.testing.assert_close(model[1].weight.detach(), before * (1 - 2e-3))
+    return before, model
+
+
+@pytest.mark.parametrize("lr_max", [0.01, 0.5])
+def test_the_decoupled_decay_at_the_peak_is_the_setting(lr_max):
+    before, after = step_without_gradient(lr_max, decay_at_peak=2e-3)
+    for old, new in zip(before.parameters(), after.parameters()):
+        torch.testing.assert_close(new, old * (1 - 2e-3))
 
 
 def test_batch_norm_and_biases_can_be_left_out_of_the_decay():
-    model = tiny_model()
-    optimizer = make_optimizer(model, tiny_config(decay_at_peak=2e-3, decay_norm_and_bias=False), 0.01)
-    nn.init.ones_(model[4].bias)
-    before = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    torch.testing.assert_close(model[4].weight, before[4].weight * (1 - 2e-3))
-    for kept, old in ((model[4].bias, before[4].bias), (model[1].weight, before[1].weight)):
-        assert torch.equal(kept, old)
+    before, after = step_without_gradient(decay_at_peak=2e-3, decay_norm_and_bias=False)
+    for old, new in zip(before.parameters(), after.parameters()):
+        torch.testing.assert_close(new, old * (1 - 2e-3) if old.ndim > 1 else old)
 
 
 def test_coupled_decay_is_an_l2_penalty_that_adam_rescales():
-    model = linear_model()
-    optimizer = make_optimizer(model, tiny_config(coupled_decay=1e-4), 0.01)
-    before = model[1].weight.detach().clone()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # Adam's first step has the size of the LR whatever the gradient's
-    torch.testing.assert_close((before - model[1].weight.detach()).abs().median().item(), 0.01, rtol=0.05, atol=0)
+    before, after = step_without_gradient(coupled_decay=1e-4)
+    moved = (before[4].weight - after[4].weight).abs().median().item()
+    assert moved == pytest.approx(0.01, rel=0.05)  # Adam's first step is as large as the LR, whatever the gradient
 
 
 def test_without_a_peak_there_is_no_weight_decay():
-    (group,) = make_optimizer(linear_model(), tiny_config()).param_groups
-    assert group["weight_decay"] == 0
+    before, after = step_without_gradient(lr_max=None)
+    assert_same_weights(before, after)
 
 
 def test_the_optimizer_is_adam_with_the_configured_settings():
@@ -515,151 +487,15 @@ def test_the_optimizer_is_adam_with_the_configured_settings():
 
 @pytest.mark.parametrize("cycle_beta1", [False, True])
 def test_beta1_cycles_only_when_the_config_says_so(toy, cycle_beta1):
-    state = start(tiny_model(), tiny_config(cycle_beta1=cycle_beta1), LR_MIN, LR_MAX, 4, FP32)
+    state, *_ = begin(toy, tiny_config(cycle_beta1=cycle_beta1))
     assert state.optimizer.param_groups[0]["betas"] == (0.95 if cycle_beta1 else 0.9, 0.99)
-
-
-# --- device and precision -------------------------------------------------------------------------------------------
 
 
 def test_bf16_autocast_keeps_weights_and_metrics_in_float32(toy):
     state = train(toy, precision=Precision("bf16", CPU))
     assert all(parameter.dtype == torch.float32 for parameter in state.model.parameters())
     assert state.history.test_accuracy[-1] > 30
-    logits, _ = next(
-        predict_batches(state.model, make_loaders(toy, tiny_config(), CPU)[1], precision=Precision("bf16", CPU))
-    )
+    test_loader = BatchedLoader(toy.test_images, toy.test_labels, 30)
+    logits, _ = next(predict_batches(state.model, test_loader, precision=Precision("bf16", CPU)))
     assert logits.dtype == torch.float32
     assert torch.equal(logits, logits.bfloat16().float())  # computed in bf16
-
-
-@pytest.mark.parametrize(
-    ("name", "device", "capability", "flags", "expected"),
-    [
-        ("auto", "cuda", (9, 0), {}, "bf16"),
-        ("auto", "cuda", (8, 0), {}, "bf16"),
-        ("auto", "cuda", (7, 5), {}, "fp16"),  # T4: claims bf16, and emulates it
-        ("auto", "cpu", None, {"avx512_bf16": True}, "bf16"),
-        ("auto", "cpu", None, {"amx_bf16": True}, "bf16"),
-        ("auto", "cpu", None, {"avx512_bf16": False, "avx2": True}, "fp32"),
-        ("auto", "cpu", None, {}, "fp32"),
-        ("fp32", "cuda", (9, 0), {}, "fp32"),
-        ("fp16", "cuda", (9, 0), {}, "fp16"),
-        ("bf16", "cpu", None, {}, "bf16"),
-    ],
-)
-def test_auto_precision_is_what_the_hardware_really_computes_in(monkeypatch, name, device, capability, flags, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-    precision = pick_precision(name, torch.device(device))
-    assert precision.name == expected
-    assert precision.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[expected]
-
-
-def test_a_torch_that_lists_no_cpu_capabilities_means_fp32(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert pick_precision("auto", CPU).name == "fp32"
-
-
-def test_fp16_on_a_cpu_is_refused_with_the_alternatives():
-    with pytest.raises(ConfigError, match="precision is 'fp16' on a CPU: use 'fp32', or 'bf16' where"):
-        pick_precision("fp16", CPU)
-
-
-@pytest.mark.parametrize(("available", "expected"), [(True, "cuda"), (False, "cpu")])
-def test_the_automatic_device_is_the_gpu_where_there_is_one(monkeypatch, available, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert pick_device("auto").type == expected
-    assert pick_device("cpu").type == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("name", "gpus", "message"),
-    [
-        ("gpu", 1, "device is 'gpu': choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
-        ("", 1, "device is '': choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"),
-        ("meta", 1, "device is 'meta': Session 10 runs on 'cpu', 'cuda' and 'mps'"),
-        ("cuda", 0, "device is 'cuda', but torch sees no such GPU here: use --device cpu, or install a driver"),
-        ("mps", 0, "device is 'mps', but torch sees no such GPU here"),
-        ("cuda:2", 2, "device is 'cuda:2', but this machine has 2 GPU(s), counted from 0"),
-    ],
-)
-def test_a_device_that_is_not_there_is_refused_with_the_alternatives(monkeypatch, name, gpus, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        pick_device(name)
-
-
-def test_a_numbered_gpu_that_is_there_is_taken(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    current = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert pick_device("cuda:1") == torch.device("cuda", 1)
-    assert current == [torch.device("cuda", 1)]  # for code that names none, such as the generators' states
-
-
-def test_an_apple_gpu_is_taken_where_there_is_no_other(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    device = pick_device("auto")
-    assert device.type == "mps"
-    assert pick_precision("auto", device).name == "fp32"
-    assert pick_precision("fp16", device).name == "fp16"
-
-
-@pytest.mark.parametrize("count", [0, -1, 100_000])
-def test_a_number_of_threads_that_no_machine_has_is_refused(count):
-    with pytest.raises(ConfigError, match=f"threads is {count}: choose between 1 and"):
-        runtime.set_threads(count)
-
-
-KEPT_MEMORY = """
-import resource, torch
-from utils.runtime import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(12 << 20)  # 48 MiB, freed at once; below 32 MiB glibc soon learns to keep them by itself
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-faults()
-before = faults()
-assert keep_freed_memory()
-faults()
-print(before, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
-def test_freed_memory_is_kept_for_the_next_step():
-    done = subprocess.run(
-        [sys.executable, "-c", KEPT_MEMORY], cwd=runtime.PROJECT_ROOT, capture_output=True, check=True
-    )
-    before, after = map(int, done.stdout.split())
-    assert before > 20 * 1000  # pages that the kernel hands out again, each cleared
-    assert after < before / 10
-
-
-def test_elsewhere_memory_is_left_alone(monkeypatch):
-    keep_freed_memory.cache_clear()
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert not keep_freed_memory()
-    keep_freed_memory.cache_clear()
-
-
-def test_seeding_repeats_every_global_generator():
-    def draw():
-        seed_everything(3)
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    assert draw() == draw()
-
-
-def test_a_result_can_be_quoted_with_its_circumstances(monkeypatch):
-    versions = runtime.versions()
-    assert versions["torch"] == torch.__version__
-    assert versions["numpy"] == np.__version__
-    assert f"{torch.get_num_threads()} threads" in runtime.device_name(CPU)

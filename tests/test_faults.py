@@ -34,8 +34,9 @@ from utils import loaders
 from utils.runs import figures, report
 from utils.runs.checkpoint import decode
 from utils.runs.folder import NEWEST, PREVIOUS, RunFolder
+from utils.runs.machine import CompileError, LoaderError, OutOfMemoryError, explain_failures
 from utils.runs.weights import WEIGHTS_NAME
-from utils.runtime import PROJECT_ROOT, CompileError, LoaderError, OutOfMemoryError, explain_failures
+from utils.runtime import PROJECT_ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are made with POSIX means")
 LOADER = ("--pipeline", "albumentations", "--num-workers", "1")

@@ -1,5 +1,6 @@
-"""The LR range test: the rules on curves whose answer is known, and a sweep that leaves no trace."""
+"""The LR range test: the rules on curves with known answers, and a sweep that changes nothing."""
 
+import contextlib
 import copy
 import json
 import math
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from utils.config import ConfigError, quick
+from utils.config import quick
 from utils.loaders import BatchedLoader
 from utils.lr_finder import (
     ONSET,
@@ -25,7 +26,7 @@ from utils.lr_finder import (
     read_curve,
     smooth,
 )
-from utils.runtime import Precision, seed_everything
+from utils.runtime import ConfigError, Precision, seed_everything
 from utils.schedule import one_cycle
 from utils.transforms import BatchAugment
 
@@ -33,11 +34,7 @@ FP32 = Precision("fp32", torch.device("cpu"))
 
 
 def curve(start=1e-6, decades=6.0, steps=121, steepest=3.0, minimum=4.5, depth=1.5, level=2.3):
-    """A typical range test: flat, a fall around ``start * 10**steepest``, a minimum, a rise.
-
-    Returns:
-        (lrs, losses), (S,) each.
-    """
+    """(lrs, losses) of a typical range test: flat, a fall around ``start * 10**steepest``, a minimum, a rise."""
     decade = np.linspace(0, decades, steps)
     fall = depth / (1 + np.exp(-4 * (decade - steepest)))
     rise = 4 * np.maximum(decade - minimum, 0) ** 2
@@ -59,20 +56,18 @@ def test_the_rules_find_the_steepest_fall_and_the_minimum_wherever_they_lie(star
     found = read_curve(lrs, losses)
     step = 6.0 / (steps - 1)  # decades between two points of the curve
     assert math.log10(found.suggestions["steepest"] / start) == pytest.approx(steepest, abs=2 * step)
-    # Behind the corner where the rise begins the curve still falls a little; the smoothing window spans both.
+    # The curve still falls a little after the rise begins, and the smoothing window spans both.
     assert math.log10(found.suggestions["minimum"] / start) == pytest.approx(steepest + gap, abs=4 * step + 0.2)
     assert found.suggestions["minimum/10"] == pytest.approx(found.suggestions["minimum"] / 10)
     fall = losses[0] - found.smoothed.min()
     at_onset = np.interp(math.log(found.suggestions["onset"]), np.log(lrs), found.smoothed)
-    assert (
-        ONSET * fall <= losses[0] - at_onset < (ONSET + 0.1) * fall + 0.05
-    )  # one point of the curve at most behind it
+    assert ONSET * fall <= losses[0] - at_onset < (ONSET + 0.1) * fall + 0.05  # at most one point too late
     assert found.suggestions["onset"] < found.suggestions["steepest"]
     assert found.suggestions["steepest"] / 30 < found.suggestions["valley"] < found.suggestions["minimum"]
 
 
 @given(shift=st.floats(-3, 3), rule=st.sampled_from(sorted(RULES)))
-def test_a_curve_shifted_in_lr_moves_the_answer_along(shift, rule):
+def test_a_curve_shifted_in_lr_shifts_the_answer(shift, rule):
     lrs, losses = curve()
     plain, moved = read_curve(lrs, losses, rule), read_curve(lrs * 10**shift, losses, rule)
     assert moved.lr_min == pytest.approx(plain.lr_min * 10**shift, rel=1e-6)
@@ -80,7 +75,7 @@ def test_a_curve_shifted_in_lr_moves_the_answer_along(shift, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_takes_its_two_named_suggestions(rule):
+def test_each_rule_uses_its_two_suggestions(rule):
     lrs, losses = curve()
     found = read_curve(lrs, losses, rule)
     low, high = RULES[rule]
@@ -92,7 +87,7 @@ def test_each_rule_takes_its_two_named_suggestions(rule):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_noise_of_mini_batches_moves_the_answer_by_less_than_half_a_decade(seed):
+def test_noise_moves_the_answer_by_less_than_half_a_decade(seed):
     lrs, losses = curve()
     noisy = read_curve(lrs, losses + np.random.default_rng(seed).normal(0, 0.05, len(losses)))
     clean = read_curve(lrs, losses)
@@ -106,7 +101,7 @@ def test_smoothing_averages_a_window_and_shifts_nothing():
     spike = np.zeros(21)
     spike[10] = SMOOTHING_WINDOW
     np.testing.assert_allclose(smooth(spike), (np.abs(np.arange(21) - 10) <= SMOOTHING_WINDOW // 2).astype(float))
-    np.testing.assert_allclose(smooth(np.full(5, 3.0)), 3.0)  # at the ends: the mean of what there is
+    np.testing.assert_allclose(smooth(np.full(5, 3.0)), 3.0)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +114,14 @@ def test_smoothing_averages_a_window_and_shifts_nothing():
         (np.array([]), "stopped being finite after 0 steps of the range test: lower range_test_start"),
     ],
 )
-def test_a_curve_without_an_answer_says_what_to_change(losses, message):
+def test_an_unreadable_curve_names_the_setting_to_change(losses, message):
     lrs = np.logspace(-6, 0, 100)[: len(losses)]
     with pytest.raises(LRRangeError, match=message):
         read_curve(lrs, losses)
 
 
-def test_a_rule_whose_ends_are_the_wrong_way_round_points_to_the_others():
-    # The minimum comes early, and the longest decrease, whose middle is the valley, only after it.
+def test_a_rule_with_swapped_ends_points_to_the_others():
+    # The minimum comes early, before the longest decrease with the valley in its middle.
     losses = np.concatenate([np.full(10, 2.3), np.linspace(2.3, 0.5, 10), np.full(10, 0.5), np.linspace(2.2, 1.5, 70)])
     lrs = np.logspace(-6, 0, 100)
     with pytest.raises(LRRangeError, match=r"rule 'valley-minimum' puts LRMIN at .*or choose another of steepest-min"):
@@ -137,15 +132,14 @@ def test_a_rule_whose_ends_are_the_wrong_way_round_points_to_the_others():
 def test_a_range_survives_json():
     found = read_curve(*curve())
     back = LRRange.from_dict(json.loads(json.dumps(found.to_dict())))
-    for name, value in vars(found).items():
-        np.testing.assert_array_equal(getattr(back, name), value)
     assert isinstance(back.losses, np.ndarray)
+    np.testing.assert_equal(vars(back), vars(found))
 
 
 # --- the sweep ------------------------------------------------------------------------------------------------------
 
 
-STEPPED_WITH: list[float] = []  # the LR of every step that a RecordingAdam or a copy of one has taken
+STEPPED_WITH: list[float] = []  # the LR of every step that a RecordingAdam or its copies have taken
 
 
 class RecordingAdam(torch.optim.Adam):
@@ -154,8 +148,9 @@ class RecordingAdam(torch.optim.Adam):
         return super().step(closure)
 
 
-def make(toy):
-    """A small network with batch norm and dropout, a loader with augmentation, Adam that has already stepped."""
+@pytest.fixture
+def parts(toy):
+    """A small network with batch norm and dropout, an augmenting loader, and Adam after its first step."""
     seed_everything(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(392, 10)
@@ -169,14 +164,19 @@ def make(toy):
     return model, loader, optimizer
 
 
-def sweep(model, loader, optimizer, criterion=None, **options):
+def sweep(model, loader, optimizer, criterion=nn.functional.cross_entropy, **options):
     settings = dict(precision=FP32, start=1e-5, end=100.0, steps=70)
-    return find_lr(model, loader, optimizer, criterion or nn.CrossEntropyLoss(), **{**settings, **options})
+    return find_lr(model, loader, optimizer, criterion, **{**settings, **options})
 
 
-def test_a_sweep_of_a_real_network_finds_a_range_that_trains_it(toy):
-    model, loader, optimizer = make(toy)
-    found = sweep(model, loader, optimizer)
+def loss_by_step(function):
+    """A criterion whose value depends only on the number of steps taken so far."""
+    return lambda logits, labels: logits.sum() * 0 + function(len(STEPPED_WITH))
+
+
+def test_a_sweep_of_a_real_network_finds_a_range_that_trains_it(parts):
+    model, loader, _ = parts
+    found = sweep(*parts)
     assert 1e-5 < found.lr_min < found.lr_max < 10
     assert np.isfinite(found.losses).all()
     assert found.lrs.shape == found.losses.shape == found.smoothed.shape
@@ -196,135 +196,92 @@ def test_a_sweep_of_a_real_network_finds_a_range_that_trains_it(toy):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_sweep_leaves_everything_as_it_was(toy, training):
-    model, loader, optimizer = make(toy)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_sweep_leaves_everything_as_it_was(parts, training, fails):
+    model, loader, optimizer = parts
     model.train(training)
     loader.epoch = 7
-    model_before, optimizer_before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    gradients_before = [parameter.grad.clone() for parameter in model.parameters()]
-    rng_before = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    sweep(model, loader, optimizer)
+    def snapshot():
+        states = (value for state in optimizer.state.values() for value in state.values())
+        gradients = (parameter.grad for parameter in model.parameters())
+        tensors = [*model.state_dict().values(), *gradients, *states, torch.get_rng_state()]
+        modes = [module.training for module in model.modules()]
+        plain = (modes, loader.epoch, optimizer.state_dict()["param_groups"], random.getstate(), np.random.get_state())
+        return copy.deepcopy((tensors, plain))
 
-    assert model.training is training
-    assert model[1].training is training
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, model_before[name]), name
-    for parameter, gradient in zip(model.parameters(), gradients_before):
-        assert torch.equal(parameter.grad, gradient)
-    after = optimizer.state_dict()
-    assert after["param_groups"] == optimizer_before["param_groups"]
-    for index, state in after["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, optimizer_before["state"][index][name]), name
-    assert loader.epoch == 7
-    assert random.getstate() == rng_before[0]
-    np.testing.assert_equal(np.random.get_state(), rng_before[1])
-    assert torch.equal(torch.get_rng_state(), rng_before[2])
-
-
-def test_a_loader_that_fails_in_mid_sweep_leaves_everything_as_it_was_too(toy):
-    model, loader, optimizer = make(toy)
-    calls = []
-
-    def fails_late(logits, labels):
-        calls.append(1)
-        if len(calls) == 5:
+    def failing(logits, labels):
+        if len(STEPPED_WITH) == 5:
             raise RuntimeError("out of memory")
         return nn.functional.cross_entropy(logits, labels)
 
-    loader.epoch = 7
-    before, rng_before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        sweep(model, loader, optimizer, fails_late)
-    assert loader.epoch == 7
-    assert torch.equal(torch.get_rng_state(), rng_before)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    tensors, plain = snapshot()
+    with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+        sweep(*parts, failing if fails else nn.functional.cross_entropy)
+    tensors_after, plain_after = snapshot()
+    torch.testing.assert_close(tensors_after, tensors, rtol=0, atol=0)
+    np.testing.assert_equal(plain_after, plain)
 
 
-def test_a_sweep_is_repeatable_and_quiet(toy, capfd):
-    model, loader, optimizer = make(toy)
-    first, second = (sweep(model, loader, optimizer) for _ in range(2))
+def test_a_sweep_is_repeatable_and_quiet(parts, capfd):
+    first, second = (sweep(*parts) for _ in range(2))
     np.testing.assert_array_equal(first.losses, second.losses)
     np.testing.assert_array_equal(first.lrs, second.lrs)
     assert capfd.readouterr().out == ""
 
 
-def dipping(logits, labels):
-    """A loss whose value falls and rises with the number of steps taken, whatever the network does."""
-    step = len(STEPPED_WITH)
-    return logits.sum() * 0 + abs(step - 30) / 10 + 4
-
-
-def test_the_lr_runs_from_start_to_end_in_equal_ratios(toy):
-    found = sweep(*make(toy), dipping, start=1e-4, end=0.5, steps=41)
-    expected = np.geomspace(1e-4, 0.5, 41)
-    np.testing.assert_allclose(found.lrs, expected, rtol=1e-9)
-    np.testing.assert_array_equal(found.lrs, STEPPED_WITH)  # what is reported is what the optimizer stepped with
-    np.testing.assert_allclose(found.losses, [abs(step - 30) / 10 + 4 for step in range(41)], rtol=1e-6)
-
-
-def test_an_optimizer_that_already_has_a_scheduler_is_swept_all_the_same(toy):
-    model, loader, optimizer = make(toy)
-    scheduler = one_cycle(optimizer, 1e-3, 1e-2, epochs=4, peak_epoch=2, steps_per_epoch=5)
-    before = copy.deepcopy((optimizer.state_dict()["param_groups"], scheduler.state_dict()))
-    found = sweep(model, loader, optimizer, dipping, start=1e-4, end=0.5, steps=41)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_lr_runs_from_start_to_end_in_equal_ratios(parts, scheduled):
+    *_, optimizer = parts
+    if scheduled:  # an optimizer may already have a scheduler
+        one_cycle(optimizer, 1e-3, 1e-2, epochs=4, peak_epoch=2, steps_per_epoch=5)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    found = sweep(*parts, loss_by_step(lambda step: abs(step - 30) / 10 + 4), start=1e-4, end=0.5, steps=41)
     np.testing.assert_allclose(found.lrs, np.geomspace(1e-4, 0.5, 41), rtol=1e-9)
-    assert (optimizer.state_dict()["param_groups"], scheduler.state_dict()) == before
+    np.testing.assert_array_equal(found.lrs, STEPPED_WITH)  # the optimizer really used them
+    np.testing.assert_allclose(found.losses, [abs(step - 30) / 10 + 4 for step in range(41)], rtol=1e-6)
+    assert optimizer.state_dict()["param_groups"] == before
 
 
-def test_a_nan_in_mid_sweep_ends_it_and_the_curve_so_far_is_read(toy):
-    calls = []
-
-    def falls_then_nan(logits, labels):
-        calls.append(1)
-        step = len(STEPPED_WITH)
-        value = 4 + abs(step - 30) / 10 if step < 40 else math.nan
-        return logits.sum() * 0 + value
-
-    model, loader, optimizer = make(toy)
-    found = sweep(model, loader, optimizer, falls_then_nan)
+def test_a_nan_ends_the_sweep_and_the_curve_so_far_is_read(parts):
+    found = sweep(*parts, loss_by_step(lambda step: 4 + abs(step - 30) / 10 if step < 40 else math.nan))
     assert len(found.losses) == 40
     assert np.isfinite(found.losses).all()
-    assert len(calls) == 41  # no batch was spent after the NaN
+    assert len(STEPPED_WITH) == 41  # no batch was spent after the NaN
 
 
-def test_single_bad_batches_of_a_set_learned_by_heart_do_not_end_the_sweep(toy):
-    def falls_far_with_spikes(logits, labels):
-        step = len(STEPPED_WITH)
-        value = 2.3 if step < 20 else 0.2 if step % 5 == 0 else 0.01  # spikes of 20 times the best loss
-        return logits.sum() * 0 + (value if step < 50 else 20.0)
+def test_single_bad_batches_of_a_set_learned_by_heart_do_not_end_the_sweep(parts):
+    def falls_far_with_spikes(step):
+        if step >= 50:
+            return 20.0
+        return 2.3 if step < 20 else 0.2 if step % 5 == 0 else 0.01  # spikes of 20 times the best loss
 
-    found = sweep(*make(toy), falls_far_with_spikes)
+    found = sweep(*parts, loss_by_step(falls_far_with_spikes))
     assert len(found.losses) == 51  # it ended with the divergence
     assert found.lr_max > found.lrs[20]
 
 
-def test_a_nan_from_the_first_step_says_where_to_look(toy):
-    def nan(logits, labels):
-        return logits.sum() * math.nan
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(criterion=loss_by_step(lambda step: math.nan)), r"finite after 0 steps of .* look at the data for NaN"),
+        (dict(start=1e-9, end=1e-7), "range_test_end"),
+    ],
+)
+def test_a_sweep_without_an_answer_names_the_setting_to_change(parts, options, message):
+    with pytest.raises(LRRangeError, match=message):
+        sweep(*parts, **options)
 
-    with pytest.raises(LRRangeError, match=r"finite after 0 steps of the range test.* look at the data for NaN"):
-        sweep(*make(toy), nan)
 
-
-def test_a_range_that_ends_before_the_minimum_is_an_error_with_the_setting(toy):
-    with pytest.raises(LRRangeError, match="range_test_end"):
-        sweep(*make(toy), start=1e-9, end=1e-7)
-
-
-def test_an_unknown_rule_is_answered_with_the_known_ones(toy):
-    with pytest.raises(
-        ConfigError, match="rule is 'guess': choose one of steepest-minimum, valley-minimum, tenth-minimum"
-    ):
-        sweep(*make(toy), rule="guess")
+def test_an_unknown_rule_is_answered_with_the_known_ones(parts):
+    with pytest.raises(ConfigError, match="rule is 'guess': choose one of steepest-minimum, valley-minimum, tenth-min"):
+        sweep(*parts, rule="guess")
 
 
 @pytest.mark.parametrize("factors", [(0.5, 1.6), (1.0, 1.0)])
-def test_the_cycles_ends_may_be_multiples_of_what_the_rule_reads(toy, factors):
+def test_the_ends_of_the_cycle_may_be_multiples_of_what_the_rule_finds(parts, factors):
     low, high = factors
-    model, loader, _ = make(toy)
+    model, loader, _ = parts
     settings = dict(batch_size=20, range_test_start=1e-5, range_test_end=100.0, range_test_steps=70)
     found = find_range(model, loader, quick(**settings, lr_min_factor=low, lr_max_factor=high), FP32)
     assert found.lr_min == low * found.suggestions["steepest"]

@@ -1,4 +1,4 @@
-"""The two pipelines held against each other, and normalization against its definition."""
+"""The two pipelines compared with each other, and normalization with its definition."""
 
 import warnings
 
@@ -63,7 +63,7 @@ def test_every_crop_and_flip_gives_albumentations_pixels(pad_mode):
     cutout=st.integers(0, 32),
 )
 @settings(max_examples=60)
-def test_with_the_draws_of_the_reference_pipeline_the_batched_one_gives_its_pixels(seed, pad, pad_mode, flip, cutout):
+def test_for_equal_draws_both_pipelines_give_equal_pixels(seed, pad, pad_mode, flip, cutout):
     settings = dict(pad=pad, pad_mode=pad_mode, flip=flip, cutout=cutout)
     images = random_images(4, seed)
     pipeline = A.Compose(train_transform(**settings).transforms, seed=seed, save_applied_params=True)
@@ -84,31 +84,31 @@ def test_with_the_draws_of_the_reference_pipeline_the_batched_one_gives_its_pixe
     torch.testing.assert_close(normalize(pixels), expected, rtol=0, atol=1e-6)
 
 
-def test_a_batch_takes_the_images_that_its_index_names():
+def test_a_batch_holds_the_images_of_its_index():
     images = torch.from_numpy(random_images(5))
     before = images.clone()
-    still = draws_of([(4, 4)] * 3, [False] * 3, [(0, 0)] * 3)  # the middle crop of pad 4, as the image was
+    still = draws_of([(4, 4)] * 3, [False] * 3, [(0, 0)] * 3)  # the middle crop changes nothing
     result = BatchAugment(cutout=0).apply(images, torch.tensor([3, 0, 3]), still)
     assert result.dtype == torch.uint8
     assert torch.equal(result, images[[3, 0, 3]])
     result.zero_()
-    assert torch.equal(images, before)  # the resident set is only read
+    assert torch.equal(images, before)
 
 
 # --- equal distributions for free draws -----------------------------------------------------------------------------
 
 COUNT = 6000
-LEVEL = 1e-4  # seeds are fixed: a correct pipeline passes always, a biased one fails
+LEVEL = 1e-4  # seeds are fixed, so the tests always give the same result
 
 
 def coordinate_image():
-    """Channel 0 holds each pixel's row, channel 1 its column, channel 2 a mark that the fill colour does not have."""
+    """Channel 0 holds each pixel's row, channel 1 its column, channel 2 a value that the fill colour does not have."""
     rows, columns = np.mgrid[:32, :32]
     return np.stack([rows, columns, np.full((32, 32), 255)], axis=2).astype(np.uint8)
 
 
 def recover_draws(images):
-    """What was done to coordinate images (padded by 4, reflected), read off their pixels.
+    """The draws behind augmented coordinate images, read off their pixels.
 
     Returns:
         (N, 5) int: crop_y, crop_x, flip, hole_y, hole_x.
@@ -119,7 +119,7 @@ def recover_draws(images):
         assert in_hole.sum() == 64
         hole_y, hole_x = np.argwhere(in_hole)[0]
         assert in_hole[hole_y : hole_y + 8, hole_x : hole_x + 8].all()
-        # Two pixels, side by side, that neither the hole nor a reflected border reaches.
+        # Two neighbouring pixels outside the hole and the reflected border.
         row = 4 if hole_y > 4 else 27
         rows, columns = image[row, 15:17, 0], image[row, 15:17, 1]
         flip = int(columns[0] > columns[1])
@@ -140,7 +140,7 @@ def free_draws():
     return {"albumentations": recover_draws(reference), "batched": recover_draws(batched.numpy())}
 
 
-# Columns of the draws, and how many values each can take. Pairs show that two choices do not hang together.
+# Columns of the draws, and the number of values of each. Pairs show that two choices are independent.
 CHOICES = {
     "crop y": ([0], (9,)),
     "crop x": ([1], (9,)),
@@ -169,15 +169,10 @@ def test_free_draws_of_both_pipelines_share_one_distribution(free_draws, choice)
 
 
 @pytest.mark.parametrize("name", ["albumentations", "batched"])
-def test_padding_is_four_pixels_on_each_side(free_draws, name):
-    for column in (0, 1):
-        assert set(free_draws[name][:, column]) == set(range(9))  # the crop moves by 4 either way, both ends reached
-
-
-@pytest.mark.parametrize("name", ["albumentations", "batched"])
-def test_the_hole_reaches_every_edge_and_never_leaves_the_image(free_draws, name):
-    for column in (3, 4):
-        assert set(free_draws[name][:, column]) == set(range(25))
+def test_padding_is_four_pixels_on_each_side_and_the_hole_reaches_every_edge(free_draws, name):
+    crop_y, crop_x, _, hole_y, hole_x = (set(values) for values in free_draws[name].T)
+    assert crop_y == crop_x == set(range(9))  # the crop moves by up to 4 pixels either way
+    assert hole_y == hole_x == set(range(25))
 
 
 def test_one_seed_gives_one_sequence_of_draws():
@@ -202,14 +197,6 @@ def test_turned_off_nothing_is_random():
 # --- the reference pipelines ----------------------------------------------------------------------------------------
 
 
-def test_the_reference_pipelines_return_normalized_chw_floats():
-    image = random_images(1)[0]
-    for transform in (train_transform(seed=0), test_transform()):
-        result = transform(image=image)["image"]
-        assert result.shape == (3, 32, 32)
-        assert result.dtype == torch.float32
-
-
 def test_the_test_pipeline_is_deterministic_and_only_normalizes():
     image = random_images(1)[0]
     first, second = (test_transform()(image=image)["image"] for _ in range(2))
@@ -217,12 +204,10 @@ def test_the_test_pipeline_is_deterministic_and_only_normalizes():
     np.testing.assert_array_equal(denormalize(first), image)
 
 
-def test_the_reference_train_pipeline_repeats_with_its_seed_and_not_without():
-    image = coordinate_image()
-
+def test_the_reference_train_pipeline_repeats_with_its_seed_only():
     def run(seed):
         transform = train_transform(seed=seed)
-        return torch.stack([transform(image=image)["image"] for _ in range(8)])
+        return torch.stack([transform(image=coordinate_image())["image"] for _ in range(8)])
 
     assert torch.equal(run(5), run(5))
     assert not torch.equal(run(5), run(6))
@@ -237,15 +222,17 @@ def test_cutout_fills_one_square_with_the_mean_colour():
     np.testing.assert_allclose(MEAN_PIXEL, 255 * np.array(MEAN), atol=0.5)
 
 
-def test_the_pipelines_warn_of_nothing():
+def test_the_pipelines_return_normalized_chw_floats_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for transform in (train_transform(seed=0), train_transform(pad_mode="constant", seed=0), test_transform()):
-            transform(image=random_images(1)[0])
+            result = transform(image=random_images(1)[0])["image"]
+            assert result.shape == (3, 32, 32)
+            assert result.dtype == torch.float32
 
 
 def test_an_old_albumentations_argument_is_an_error_here():
-    # The library only warns, and goes on with holes of another size.
+    # The library itself only warns, and uses holes of another size.
     with pytest.raises(UserWarning, match="not valid for transform"):
         A.CoarseDropout(max_holes=1, max_height=8, max_width=8, p=1.0)
 
@@ -263,7 +250,7 @@ def test_denormalize_gives_back_every_pixel_value_exactly():
     pixels = every_pixel_value()
     for normalized in (normalize(torch.from_numpy(pixels)), test_transform()(image=pixels[0])["image"][None]):
         unrounded = (normalized * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
-        assert (unrounded - unrounded.round()).abs().max() < 0.01  # nowhere near the next value: nothing to clip
+        assert (unrounded - unrounded.round()).abs().max() < 0.01  # far from the next value
         np.testing.assert_array_equal(denormalize(normalized), pixels)
         np.testing.assert_array_equal(denormalize(normalized[0]), pixels[0])
         assert denormalize(normalized).dtype == np.uint8
@@ -279,7 +266,7 @@ def test_normalize_is_albumentations_normalize():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_normalize_gives_channels_last_in_the_dtype_asked_for(dtype):
+def test_normalize_gives_channels_last_in_the_requested_dtype(dtype):
     result = normalize(torch.from_numpy(random_images(4)), dtype)
     assert result.shape == (4, 3, 32, 32)
     assert result.dtype == dtype
@@ -287,11 +274,9 @@ def test_normalize_gives_channels_last_in_the_dtype_asked_for(dtype):
 
 
 def test_mean_and_std_are_those_of_the_real_train_set(cifar10):
-    # Sums of uint8 values and of their squares, channel by channel: exact, and no float copy of the set.
     pixels = cifar10.train_images.reshape(-1, 3)
-    histograms = [np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]
     values = np.arange(256) / 255
-    mean = np.array([(histogram * values).sum() / len(pixels) for histogram in histograms])
-    square = np.array([(histogram * values**2).sum() / len(pixels) for histogram in histograms])
+    shares = np.stack([np.bincount(channel, minlength=256) / len(pixels) for channel in pixels.T])  # (3, 256)
+    mean, square = shares @ values, shares @ values**2
     np.testing.assert_array_equal(mean.round(4), MEAN)
     np.testing.assert_array_equal(np.sqrt(square - mean**2).round(4), STD)

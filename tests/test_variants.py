@@ -1,4 +1,4 @@
-"""Departures from the plain network: what each changes, and what it must leave as it was."""
+"""Variants of the network: what each changes, and what it must not change."""
 
 import copy
 
@@ -37,7 +37,7 @@ def test_removing_skips_keeps_names_and_weights(model):
     images = torch.randn(2, 3, 32, 32)
     with_first_only = copy.deepcopy(model)
     with_first_only.layer3.__class__ = type(before.layer3)
-    assert not torch.allclose(model(images), with_first_only(images))  # layer 3 has lost its skip too
+    assert not torch.allclose(model(images), with_first_only(images))  # layer 3 has no skip either
     model.load_state_dict(before.state_dict())
 
 
@@ -64,8 +64,10 @@ def test_norm_momentum_reaches_every_batch_norm(model):
 )
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("way", ["_group_by_group", "_all_at_once"])
-def test_groups_are_normalized_apart_and_remembered_together(monkeypatch, count, group, sizes, memory_format, way):
-    monkeypatch.setattr(GhostBatchNorm2d, "_group_by_group", getattr(GhostBatchNorm2d, way))  # this machine has no GPU
+def test_groups_are_normalized_separately_and_share_running_statistics(
+    monkeypatch, count, group, sizes, memory_format, way
+):
+    monkeypatch.setattr(GhostBatchNorm2d, "_group_by_group", getattr(GhostBatchNorm2d, way))  # without a GPU too
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(5, momentum=0.3)
     nn.init.uniform_(plain.weight)
@@ -81,21 +83,17 @@ def test_groups_are_normalized_apart_and_remembered_together(monkeypatch, count,
     torch.testing.assert_close(found, expected)
     outer = torch.randn_like(found)
     ours = torch.autograd.grad(found, (x, ghost.weight, ghost.bias), outer)
-    of_x, *of_groups = torch.autograd.grad(
-        expected, [x, *(norm.weight for norm in alone), *(n.bias for n in alone)], outer
-    )
-    theirs = of_x, torch.stack(of_groups[: len(sizes)]).sum(0), torch.stack(of_groups[len(sizes) :]).sum(0)
-    torch.testing.assert_close(ours, theirs)
+    of_x = torch.autograd.grad(expected, x, outer, retain_graph=True)
+    of_weights = torch.autograd.grad(expected, [norm.weight for norm in alone], outer, retain_graph=True)
+    of_biases = torch.autograd.grad(expected, [norm.bias for norm in alone], outer)
+    torch.testing.assert_close(ours, (*of_x, sum(of_weights), sum(of_biases)))
 
-    # One update: of plain statistics updated by each group alone, the mean.
+    # One update: the mean of the statistics that each group alone would give.
     torch.testing.assert_close(ghost.running_mean, torch.stack([norm.running_mean for norm in alone]).mean(0))
     torch.testing.assert_close(ghost.running_var, torch.stack([norm.running_var for norm in alone]).mean(0))
     assert ghost.num_batches_tracked == 1
-    torch.testing.assert_close(ghost.eval()(x), nn.functional.batch_norm(x, *_statistics(ghost)))
-
-
-def _statistics(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
-    return norm.running_mean, norm.running_var, norm.weight, norm.bias
+    in_eval_mode = nn.functional.batch_norm(x, ghost.running_mean, ghost.running_var, ghost.weight, ghost.bias)
+    torch.testing.assert_close(ghost.eval()(x), in_eval_mode)
 
 
 def test_ghost_batch_norm_reaches_the_whole_model_and_learns(model):
@@ -115,7 +113,7 @@ def test_ghost_batch_norm_reaches_the_whole_model_and_learns(model):
 
 
 def smooth_images(count: int) -> torch.Tensor:
-    """Random pictures whose neighbouring pixels resemble each other, as photographs' do."""
+    """Random pictures with similar neighbouring pixels, like photographs."""
     return nn.functional.avg_pool2d(torch.randn(count, 3, 36, 36), 5, stride=1) * 5
 
 

@@ -1,9 +1,9 @@
-"""CIFAR-10 in; uint8 arrays and class names out.
+"""CIFAR-10 as uint8 arrays and class names.
 
-``load_dataset`` finds the data, in this order: a folder you name (``root`` or ``$CIFAR10_DIR``), an earlier download
-in ``data/``, a download, and, with no network, scikit-learn's bundled digits as a loudly announced stand-in.
+``load_dataset`` uses the first of these: a folder you name (``root`` or ``$CIFAR10_DIR``), an earlier download in
+``data/``, a new download, or, without a network, scikit-learn's digits, announced as a stand-in.
 
-All images stay uint8 in memory, 184 MB; the loaders make floats of a few batches at a time.
+All images stay in memory as uint8, 184 MB; the loaders convert a few batches at a time to floats.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "load_dataset",
 ]
 
-# Known contents, by the SHA-256 of their pixels and labels, and what a result on them must be called.
+# Descriptions of known data, by fingerprint.
 KNOWN_FINGERPRINTS = {
     "14089befcce147b97e13ef6f9161324f71389bd2591d18b6d1b86965282b686c": (
         "CIFAR-10, offline copy (59,029 of 60,000 images bit-exact, 971 as JPEG copies)"
@@ -49,7 +49,7 @@ class ImageDataset(Arrays):
         train_labels, test_labels: (N,) int64, indices into ``classes``.
         classes: the class names.
         source: ``"official"``, ``"image-folder"`` or ``"digits"``.
-        description: the data in words, for logs and reports; made from the data if not given.
+        description: for logs and reports; derived from the data if not given.
     """
 
     source: str
@@ -71,14 +71,14 @@ class ImageDataset(Arrays):
 
     @property
     def is_stand_in(self) -> bool:
-        """True for the digits, whose results must never be mistaken for CIFAR-10's."""
+        """True for the digits: results on them must never pass for CIFAR-10's."""
         return self.source == "digits"
 
     def fingerprint(self) -> str:
-        """SHA-256 of all pixels, labels and class names: two runs with the same one saw the same data."""
+        """SHA-256 of all pixels, labels and class names; equal for equal data."""
         return self._fingerprint
 
-    @functools.cached_property  # the arrays are 184 MB, and several callers ask
+    @functools.cached_property  # computed once: the arrays are 184 MB
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(",".join(self.classes).encode())
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
@@ -87,7 +87,7 @@ class ImageDataset(Arrays):
         return digest.hexdigest()
 
     def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> ImageDataset:
-        """A class-balanced random subset of at most ``train`` and ``test`` images; None keeps a split whole."""
+        """A random, class-balanced subset of at most ``train`` and ``test`` images; None keeps a split whole."""
         changes = {}
         for split, count in (("train", train), ("test", test)):
             labels = getattr(self, f"{split}_labels")
@@ -98,9 +98,9 @@ class ImageDataset(Arrays):
         return dataclasses.replace(self, **changes)
 
     def holdout(self, count: int = 5000, seed: int = 0) -> ImageDataset:
-        """Train split again, test untouched: ``count`` class-balanced train images become the test set.
+        """A copy with ``count`` class-balanced train images as its test set; they are no longer in its train set.
 
-        Every choice is made on such a split, so that the real test set is opened only for final results.
+        All choices are made on such splits, so that the real test set is used for final results only.
         """
         held = balanced_indices(self.train_labels, count, seed)
         kept = np.setdiff1d(np.arange(len(self.train_labels)), held)
@@ -115,14 +115,13 @@ class ImageDataset(Arrays):
 
 
 def balanced_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """``count`` sorted indices, drawn so that the classes' shares differ by at most one image.
+    """``count`` sorted random indices, balanced: the numbers of images per class differ by at most one.
 
-    Where a class has fewer images than its share (own images need not be balanced), all of them are taken and the
-    others make up for it, evenly again.
+    If a class has too few images for that, all of them are taken, and the other classes share the rest evenly.
 
     Args:
         labels: (N,) int.
-        count: how many, at most N.
+        count: at most N.
         seed: the same seed draws the same indices.
 
     Raises:
@@ -146,19 +145,16 @@ def balanced_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def load_dataset(root: str | os.PathLike | None = None, source: str = "auto") -> ImageDataset:
-    """Load CIFAR-10, or a set of your own images in class folders.
+    """Load CIFAR-10, or your own images in class folders.
 
     Args:
         root: a folder with torchvision's ``cifar-10-batches-py``, or with ``train/<class>/*.png`` and
             ``test/<class>/*.png``. None: ``$CIFAR10_DIR`` if set, else ``data/`` in the project, downloading as needed.
-        source: ``"auto"`` takes what is there; ``"official"``, ``"image-folder"`` or ``"digits"`` insists.
-
-    Returns:
-        An ``ImageDataset``.
+        source: ``"official"``, ``"image-folder"`` or ``"digits"`` accepts only that; ``"auto"`` accepts any.
 
     Raises:
         DatasetError: the folder is missing, empty, damaged, unreadable or not understood, or every download failed.
-        ValueError: ``source`` is none of the above.
+        ValueError: another ``source``.
     """
     if source not in ("auto", "official", "image-folder", "digits"):
         raise ValueError(f"source is {source!r}: choose 'auto', 'official', 'image-folder' or 'digits'")
@@ -171,7 +167,7 @@ def load_dataset(root: str | os.PathLike | None = None, source: str = "auto") ->
     try:
         if named is None:
             return _load_downloaded(cache, source)
-        return _load_folder(Path(os.path.expanduser(named)), source, cache)  # pathlib's own fails on unknown users
+        return _load_folder(Path(os.path.expanduser(named)), source, cache)  # pathlib's fails on unknown users
     except OSError as error:
         raise DatasetError(
             f"{printable(error.filename or named or cache)} cannot be read ({error.strerror or error}): see to its "
@@ -217,7 +213,8 @@ def _named(arrays: Arrays, source: str) -> ImageDataset:
 def _announce_stand_in(reason: Exception) -> None:
     line = "*" * 100
     print(
-        f"{line}\n  NOT CIFAR-10. {reason}.\n  Until then everything runs on scikit-learn's handwritten digits: the code "
+        f"{line}\n  NOT CIFAR-10. {reason}.\n"
+        "  Until then everything runs on scikit-learn's handwritten digits: the code "
         f"works the same,\n  its numbers say nothing about CIFAR-10, and nothing is written to Results/.\n{line}",
         flush=True,
     )

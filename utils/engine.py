@@ -1,20 +1,18 @@
 """Train, evaluate, fit.
 
-``train_epoch`` is the loop to read first. It never waits for the device: what the metrics need is kept where it was
-computed, and read once a second for the progress bar and once at the end of the epoch.
+Read ``train_epoch`` first. It never waits for the device: logits and labels stay there, and the metrics are read once
+a second for the progress bar and once at the end of the epoch.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,21 +20,22 @@ from tqdm.auto import tqdm
 
 from models import CustomResNet, variants
 from utils.config import Config
+from utils.metrics import History, Metrics, RunningMetrics, table_header, table_row
 from utils.runtime import Precision, Session10Error, keep_freed_memory
 from utils.schedule import scheduler_for
 
-BAR_SECONDS = 1.0  # how often the progress bar reads the metrics; each reading waits for the device
-SHORT_RUN = 200  # steps: below, averages that span the recipe's number of steps would still hold the untrained network
-MEMORY_SHARE = 20  # in a short run, no average looks back further than this part of it
+BAR_SECONDS = 1.0  # between two readings of the metrics for the progress bar; each waits for the device
+SHORT_RUN = 200  # steps; in a shorter run, the recipe's averages would still hold much of the untrained network
+MEMORY_SHARE = 20  # in a short run, averages span at most one 20th of the steps
 
 
 def train_epoch(state: TrainState, loader: Iterable, description: str | None = None) -> Metrics:
-    """One pass over ``loader``: a step of Adam, of the LR and of the weight average for each batch.
+    """One pass over ``loader``: for each batch, one step of Adam, of the LR schedule and of the weight averages.
 
     Args:
         state: the run; changed in place.
-        loader: (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
-        description: what the progress bar says; None for no bar.
+        loader: batches of (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
+        description: the progress bar's text; None for no bar.
 
     Returns:
         Mean cross-entropy (without label smoothing) and accuracy over the epoch.
@@ -56,10 +55,10 @@ def train_epoch(state: TrainState, loader: Iterable, description: str | None = N
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward, loss, backward, Adam step: also what the LR range test repeats.
+    """Forward, loss, backward, Adam step. The LR range test uses it too.
 
     Returns:
-        The (B, C) logits and the loss, both from before the step, without gradients.
+        The (B, C) logits and the loss, computed before the weights moved; both detached.
     """
     with state.precision.autocast():
         logits = state.network(images)
@@ -71,15 +70,14 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tenso
     return logits.detach(), loss.detach()
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable, *, precision: Precision, tta: bool = False) -> Metrics:
-    """Loss and accuracy without augmentation, in eval mode; the model's own mode is put back.
+    """Loss and accuracy in eval mode; the model's mode is restored afterwards.
 
     Args:
         model: the network.
-        loader: (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
+        loader: batches of (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
         precision: the forward pass runs under its autocast.
-        tta: test-time augmentation: average the logits of each image and of its mirror image.
+        tta: test-time augmentation: average the logits of each image and its mirror image.
     """
     running = RunningMetrics()
     for logits, labels in predict_batches(model, loader, precision=precision, tta=tta):
@@ -91,7 +89,7 @@ def evaluate(model: nn.Module, loader: Iterable, *, precision: Precision, tta: b
 def predict_batches(
     model: nn.Module, loader: Iterable, *, precision: Precision, tta: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B, C) float32 logits and (B,) labels for each batch, in eval mode."""
+    """Yield (B, C) float32 logits and (B,) labels for each batch; see ``evaluate``."""
     was_training = model.training
     model.eval()
     try:
@@ -116,28 +114,28 @@ def fit(
     show: Callable[[str], None] | None = print,
     total: Callable[[Metrics], Metrics] = lambda metrics: metrics,
 ) -> History:
-    """Train from where ``state`` stands to the last epoch, showing one row an epoch.
+    """Train until the run has ``epochs`` epochs, and show a table with one row per epoch.
 
     Args:
-        state: fresh from ``start``, or read from a checkpoint; changed in place.
-        train_loader: its ``epoch`` is set, so that a resumed run sees what the uninterrupted one would have.
-        test_loader: tested for the curves; no decision depends on it. None: no test.
+        state: new, from ``start``, or restored from a checkpoint; changed in place.
+        train_loader: its ``epoch`` is set, so that a resumed run sees the same batches as an uninterrupted one.
+        test_loader: for the curves only, no decision depends on it; None: no test.
         epochs: length of the whole run.
-        eval_every: test after every so many epochs, and after the last one.
-        after_epoch: called with ``state`` after each epoch, to save it, before the epoch's row is shown.
-        show: called with each line of the table; None for no table and no progress bar.
-        total: adds up the train metrics of several processes.
+        eval_every: test after every ``eval_every`` epochs and after the last one.
+        after_epoch: called with ``state`` after each epoch, before its row is shown; saves a checkpoint.
+        show: called with each line of the table; None: no table and no progress bar.
+        total: combines the train metrics of several processes.
 
     Returns:
         ``state.history``.
 
     Raises:
-        NonFiniteLossError: the epochs before are in ``state.history``.
+        NonFiniteLossError: ``state.history`` holds the epochs before.
     """
     history = state.history
     if show:
         show(table_header())
-        for epoch in range(history.epochs):  # those of a resumed run, so that the table is whole
+        for epoch in range(history.epochs):  # a resumed run shows its earlier epochs too
             show(table_row(history, epoch))
     for epoch in range(history.epochs, epochs):
         began = time.perf_counter()
@@ -158,15 +156,15 @@ def fit(
 
 @dataclass
 class TrainState:
-    """A run in progress: ``model``, what moves it, and what it has reached.
+    """A run in progress.
 
     Attributes:
-        model, optimizer, scheduler, scaler, averages, history: what changes, and so what a checkpoint must hold.
+        model, optimizer, scheduler, scaler, averages, history: change during training; a checkpoint holds them.
         criterion: the loss to minimize, called as ``criterion(logits, labels)``.
         precision: the forward pass runs under its autocast.
-        averages: running averages of the weights; the first is the one tested, others ride along for comparison.
+        averages: running averages of the weights; the first is tested, the others are kept for comparison.
         parallel: ``model`` wrapped for training on several devices, or None.
-        last_lr: of the step before.
+        last_lr: the LR of the latest step.
     """
 
     model: nn.Module
@@ -177,57 +175,59 @@ class TrainState:
     scheduler: LRScheduler | None = None
     averages: list[WeightAverage] = field(default_factory=list)
     parallel: nn.Module | None = None
-    history: History = field(default_factory=lambda: History())
+    history: History = field(default_factory=History)
     last_lr: float = float("nan")
 
     @property
     def network(self) -> nn.Module:
-        """What a training step calls."""
+        """The module that a training step calls."""
         return self.parallel if self.parallel is not None else self.model
 
     @property
     def tested_model(self) -> nn.Module:
-        """The weights that are tested and shipped: the running average where there is one."""
+        """The network that is tested and shipped: the first running average, if there is one."""
         return self.averages[0].module if self.averages else self.model
 
     @property
     def lr(self) -> float:
-        """Of the step to come."""
+        """The LR of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
 
 def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_per_epoch: int, precision: Precision):
-    """A fresh ``TrainState``: ``model`` moved to the device, with Adam, the LR's cycle and the weight average around it.
+    """A new run: ``model`` moved to the device, with Adam, the LR schedule and the weight averages.
 
-    In a run of few steps the averages, of weights and of batch norm's statistics, are shortened to fit it.
+    In a short run, the averages of the weights and of batch norm's statistics span fewer steps than ``config`` says.
 
     Raises:
-        ConfigError: LRs or lengths that make no cycle.
+        ConfigError: the LRs or lengths make no cycle.
     """
     if precision.device.type == "cpu":
         keep_freed_memory()
     model = model.to(precision.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config, lr_max)
     scheduler = scheduler_for(config, optimizer, lr_min, lr_max, steps_per_epoch)
-    decays, every = (config.ema_decay, *config.ema_also) if config.ema_decay else (), config.ema_every
+    decays = (config.ema_decay, *config.ema_also) if config.ema_decay else ()
+    every = config.ema_every
     if config.epochs * steps_per_epoch < SHORT_RUN:
-        memory = max(1.0, config.epochs * steps_per_epoch / MEMORY_SHARE)  # steps
+        memory = max(1.0, config.epochs * steps_per_epoch / MEMORY_SHARE)  # in steps
         variants.set_norm_momentum(model, max(config.norm_momentum, 1 / memory))
-        decays, every = [min(decay, 1 - 1 / memory) for decay in decays], 1
+        decays = [min(decay, 1 - 1 / memory) for decay in decays]
+        every = 1
     averages = [WeightAverage(model, decay, every) for decay in decays]
     if config.compile != "off":
-        model.compile(mode=config.compile, dynamic=False)  # dynamic=False: the last batch, if smaller, has its own code
-    criterion, scaler = make_criterion(config), precision.grad_scaler()
-    return TrainState(model, optimizer, criterion, precision, scaler, scheduler, averages)
+        model.compile(mode=config.compile, dynamic=False)  # a smaller last batch gets its own code
+    scaler = precision.grad_scaler()
+    return TrainState(model, optimizer, make_criterion(config), precision, scaler, scheduler, averages)
 
 
 def build_model(config: Config, num_classes: int, images: Tensor | None = None) -> nn.Module:
-    """The untrained network that ``config`` describes: ``CustomResNet``, with the recipe's departures from it, if any.
+    """The untrained ``CustomResNet`` that ``config`` describes, with its variants (models/variants.py).
 
     Args:
-        config: ``width``, ``dropout``, ``logit_scale``, and what ``models/variants.py`` changes.
+        config: the settings.
         num_classes: size of the output.
-        images: (N, 3, 32, 32) float32 normalized train images, for ``init="patches"`` alone.
+        images: (N, 3, 32, 32) float32 normalized train images, needed only for ``init="patches"``.
     """
     model = CustomResNet(num_classes, config.dropout, config.logit_scale, config.width)
     if not config.residual:
@@ -246,14 +246,14 @@ def make_optimizer(model: nn.Module, config: Config, lr_max: float | None = None
     """Adam with decoupled weight decay (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101).
 
     Args:
-        model: its parameters are optimized.
-        config: betas, eps and the decay.
-        lr_max: the cycle's peak, from which weight_decay = decay_at_peak / lr_max follows. None, before it is known
-            (in the range test): no decay.
+        model: the network whose parameters are optimized.
+        config: betas, eps and decay.
+        lr_max: the peak of the cycle; weight_decay = decay_at_peak / lr_max. None, in the range test, which has yet to
+            find it: no decay.
     """
     decay = config.decay_at_peak / lr_max if lr_max else 0.0
     groups = [{"params": list(model.parameters())}]
-    if not config.decay_norm_and_bias:  # vectors are batch norm's weights and all biases
+    if not config.decay_norm_and_bias:  # these are the parameters with one dimension
         groups = [
             {"params": [p for p in model.parameters() if p.ndim > 1]},
             {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -265,30 +265,30 @@ def make_optimizer(model: nn.Module, config: Config, lr_max: float | None = None
         eps=config.eps,
         weight_decay=config.coupled_decay or decay,
         decoupled_weight_decay=not config.coupled_decay,
-        fused=True,  # one kernel for all parameters, and no wait for the device
+        fused=True,  # one kernel for all parameters, and no waiting for the device
     )
 
 
 def make_criterion(config: Config) -> nn.CrossEntropyLoss:
-    """Cross-entropy on logits (the softmax is in here), with the recipe's label smoothing."""
+    """Cross-entropy on logits (it includes the softmax), with label smoothing."""
     return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
 
 class WeightAverage(nn.Module):
     """An exponential moving average (EMA) of a network's weights and batch-norm statistics.
 
-    Each update moves the average towards the network by 1 - decay. The first updates move it further: update t, from 0,
-    uses min(decay, (1 + t) / (10 + t)) instead (TensorFlow's ``num_updates``), so that the untrained weights it begins
-    with are soon forgotten. torch's ``AveragedModel`` has no such beginning, and makes a GPU wait.
+    Each update moves the average towards the network by a share of 1 - decay. Update t, counted from 0, uses
+    min(decay, (1 + t) / (10 + t)) as its decay (TensorFlow's ``num_updates``), so that the first updates move further
+    and the untrained weights are soon forgotten. torch's ``AveragedModel`` lacks this and makes a GPU wait.
 
     Args:
-        model: what to average; copied, so later changes to it count from ``update`` on.
-        decay: a training step's, from 0 to below 1.
-        every: update at every so many steps of an epoch, with ``decay ** every``.
+        model: the network; the average starts as a copy of it.
+        decay: per training step, from 0 to below 1.
+        every: update every ``every`` steps of an epoch, with ``decay ** every``.
 
     Attributes:
         module: the averaged network.
-        updates: how many there were.
+        updates: the number of updates so far.
     """
 
     def __init__(self, model: nn.Module, decay: float, every: int = 1):
@@ -300,20 +300,22 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the state of ``model``, the network given first, after step ``step`` (from 0) of an epoch."""
+        """Move towards ``model`` after step ``step`` of an epoch, counted from 0."""
         if (step + 1) % self.every:
             return
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
-        moving = [(average, value) for average, value in pairs if average.is_floating_point()]
-        torch._foreach_lerp_(*(list(side) for side in zip(*moving)), weight)  # all tensors in a few launches
-        for average, value in pairs:
-            if not average.is_floating_point():
+        averages, values = [], []
+        for average, value in zip(_tensors(self.module), _tensors(model), strict=True):
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(value)
+            else:
                 average.copy_(value)  # batch norm's counter
+        torch._foreach_lerp_(averages, values, weight)  # all tensors in a few kernel launches
 
     def get_extra_state(self) -> int:
-        """For ``state_dict``: how many updates there were."""
+        """The part of ``state_dict`` that is not a tensor."""
         return self.updates
 
     def set_extra_state(self, state: int) -> None:
@@ -324,58 +326,20 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     return itertools.chain(model.parameters(), model.buffers())
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Over ``count`` images: ``loss``, their mean cross-entropy in nats, and ``correct``, how many were right."""
-
-    loss: float
-    correct: int
-    count: int
-
-    @property
-    def accuracy(self) -> float:
-        """In percent."""
-        return 100.0 * self.correct / self.count
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 class NonFiniteLossError(Session10Error):
     """The loss became NaN or infinite."""
 
 
-class RunningMetrics:
-    """The logits and labels of an epoch's batches, kept on the device so that no step waits for the host."""
-
-    def __init__(self):
-        self.logits: list[Tensor] = []
-        self.labels: list[Tensor] = []
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: (B, C) logits and (B,) labels."""
-        self.logits.append(logits.float().clone())  # a copy: a CUDA graph writes its next output over this one
-        self.labels.append(labels)
-
-    def read(self) -> Metrics:
-        """Wait for the device and return the metrics so far."""
-        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
-        losses = F.cross_entropy(logits, labels, reduction="none").cpu().double()
-        return Metrics(float(losses.mean()), int((logits.argmax(1) == labels).sum()), len(labels))
-
-    def first_bad_step(self) -> int | None:
-        """The first step, from 0, whose logits were not all finite."""
-        finite = torch.stack([torch.isfinite(logits).all() for logits in self.logits]).tolist()
-        return None if all(finite) else finite.index(False)
-
-
 def with_progress_bar(
     loader: Iterable, state: TrainState, running: RunningMetrics, description: str | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ``loader``'s batches, keep ``state.last_lr``, and read ``running`` for the bar now and then.
+    """Yield ``loader``'s batches, keep ``state.last_lr`` up to date, and show ``running`` on the bar.
 
     Raises:
-        NonFiniteLossError: the loss became NaN or infinite; noticed when the bar is read, at the latest at the end.
+        NonFiniteLossError: the loss became NaN or infinite; noticed when the bar is updated, or at the end.
     """
     lrs = []
 
@@ -383,18 +347,18 @@ def with_progress_bar(
         step = running.first_bad_step()
         if step is not None:
             raise NonFiniteLossError(
-                f"{description or 'training'}: the loss is not finite at step {step + 1}, where the LR was {lrs[step]:.2e}: lower "
-                "lr_max (a third of it is a good next try), or check the images and labels for NaN"
+                f"{description or 'training'}: the loss is not finite at step {step + 1}, where the LR was "
+                f"{lrs[step]:.2e}: lower lr_max (try a third of it next), or check the images and labels for NaN"
             )
 
     bar_read = time.monotonic()
-    hidden = {"disable": True} if description is None else {}  # else $TQDM_DISABLE decides
-    with tqdm(loader, desc=description, leave=False, unit="batch", **hidden) as bar:  # an error leaves no half bar
+    hidden = {"disable": True} if description is None else {}  # otherwise $TQDM_DISABLE decides
+    with tqdm(loader, desc=description, leave=False, unit="batch", **hidden) as bar:  # errors leave no half bar
         for batch in bar:
-            lrs.append(state.lr)
-            state.last_lr = lrs[-1]
+            state.last_lr = state.lr
+            lrs.append(state.last_lr)
             if state.precision.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()  # the last step's CUDA graphs may be written over
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's CUDA graphs may be overwritten
             yield batch
             if description is not None and time.monotonic() - bar_read > BAR_SECONDS:
                 check()
@@ -402,63 +366,3 @@ def with_progress_bar(
                 bar.set_postfix(loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2f}%", lr=f"{lrs[-1]:.5f}")
                 bar_read = time.monotonic()
     check()
-
-
-@dataclass
-class History:
-    """One entry an epoch in every list; index 0 is epoch 1.
-
-    Attributes:
-        lr: the LR of the epoch's last step.
-        train_loss, test_loss: mean cross-entropy per image, without label smoothing, so that the two compare.
-        train_accuracy, test_accuracy: percent. Train: on augmented images, while the weights were still moving.
-            Test: None for epochs after which there was no test.
-        seconds: wall time of training, and of testing where there was a test.
-        train_size, test_size: how many images each is a mean over.
-    """
-
-    lr: list[float] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
-    train_accuracy: list[float] = field(default_factory=list)
-    test_loss: list[float | None] = field(default_factory=list)
-    test_accuracy: list[float | None] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    train_size: int = 0
-    test_size: int = 0
-
-    @property
-    def epochs(self) -> int:
-        return len(self.lr)
-
-    def append(self, lr: float, train: Metrics, test: Metrics | None, seconds: float) -> None:
-        """Add an epoch; ``test`` is None where there was none."""
-        self.lr.append(lr)
-        self.train_loss.append(train.loss)
-        self.train_accuracy.append(train.accuracy)
-        self.test_loss.append(test and test.loss)
-        self.test_accuracy.append(test and test.accuracy)
-        self.seconds.append(seconds)
-        self.train_size = train.count
-        self.test_size = test.count if test else self.test_size
-
-    def to_dict(self) -> dict:
-        """Plain JSON values; ``History(**values)`` is the inverse."""
-        return dataclasses.asdict(self)
-
-
-def table_header() -> str:
-    return (
-        f"{'epoch':>5} {'lr':>9} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
-    )
-
-
-def table_row(history: History, epoch: int) -> str:
-    """One epoch's row (``epoch`` from 0), as wide as the header."""
-    tested = history.test_loss[epoch] is not None
-    test = (
-        f"{history.test_loss[epoch]:>10.4f} {history.test_accuracy[epoch]:>8.2f}%" if tested else f"{'-':>10} {'-':>9}"
-    )
-    return (
-        f"{epoch + 1:>5} {history.lr[epoch]:>9.6f} {history.train_loss[epoch]:>11.4f} "
-        f"{history.train_accuracy[epoch]:>9.2f}% {test} {history.seconds[epoch]:>8.1f}"
-    )

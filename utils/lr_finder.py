@@ -1,7 +1,7 @@
-"""The LR range test (Smith, 2015, https://arxiv.org/abs/1506.01186): raise the LR a little every batch, watch the loss.
+"""The LR range test (Smith, 2015, https://arxiv.org/abs/1506.01186): raise the LR with every batch and watch the loss.
 
-torch-lr-finder runs the sweep; this module reads the curve. Named suggestions are taken from it, all shown side
-by side, and a stated pair of them gives the cycle its two ends:
+torch-lr-finder runs the sweep; this module reads several suggestions off the curve. A rule names the two that become
+the ends of the cycle:
 
     rule "steepest-minimum":  LRMIN = where the loss falls fastest,  LRMAX = where it stops falling.
 """
@@ -26,36 +26,36 @@ from utils.engine import TrainState, make_criterion, make_optimizer, train_step
 from utils.runtime import ConfigError, Precision, Session10Error, keep_freed_memory, rng_states, set_rng_states
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # tqdm announces that its notebook detection is experimental
+    warnings.simplefilter("ignore")  # tqdm warns that its notebook detection is experimental
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
-# Which suggestion becomes LRMIN and which LRMAX.
+# The suggestions that become LRMIN and LRMAX.
 RULES = {
     "steepest-minimum": ("steepest", "minimum"),
     "valley-minimum": ("valley", "minimum"),
     "tenth-minimum": ("minimum/10", "minimum"),
     "onset-minimum": ("onset", "minimum"),
 }
-ONSET = 0.05  # the share of the whole fall at which the loss counts as having begun to fall
-SMOOTHING_WINDOW = 7  # sweep steps averaged around each point before any rule looks at the curve
-DIVERGED = 3.0  # the sweep stops once the loss is this many times what it began with
+ONSET = 0.05  # the loss has begun to fall once it has covered this share of its whole fall
+SMOOTHING_WINDOW = 7  # the rules read the curve averaged over this many steps
+DIVERGED = 3.0  # the sweep stops once the loss exceeds this multiple of the first loss
 
 
 class LRRangeError(Session10Error):
-    """The curve has no answer; the message says why, and which setting to change."""
+    """The curve does not show both ends; the message says why, and which setting to change."""
 
 
 @dataclass(frozen=True)
 class LRRange:
-    """What the range test found.
+    """The result of a range test.
 
     Attributes:
-        lr_min, lr_max: the two ends of the cycle.
-        lrs: (S,) float64, the LR of each sweep step.
-        losses: (S,) float64, the mini-batch loss before the step at that LR; finite (a NaN ends the sweep).
-        smoothed: (S,) float64, ``losses`` averaged over ``SMOOTHING_WINDOW`` neighbours.
-        rule: the name in ``RULES`` that chose.
-        suggestions: every suggestion by name, for comparison.
+        lr_min, lr_max: the ends of the cycle.
+        lrs: (S,) float64, the LR of each step of the sweep.
+        losses: (S,) float64, the batch's loss before the step at that LR; all finite, since a NaN ends the sweep.
+        smoothed: (S,) float64, the losses as the rules read them.
+        rule: the key of ``RULES`` that was used.
+        suggestions: the LR of every suggestion, by name.
     """
 
     lr_min: float
@@ -72,7 +72,7 @@ class LRRange:
 
     @classmethod
     def given(cls, lr_min: float, lr_max: float) -> LRRange:
-        """A range that was chosen instead of found: no curve, no suggestions."""
+        """A range set by hand: no curve, no suggestions."""
         return cls(lr_min, lr_max, np.array([]), np.array([]), np.array([]), "given", {})
 
     @classmethod
@@ -95,19 +95,19 @@ def find_lr(
 ) -> LRRange:
     """Sweep the LR from ``start`` to ``end`` and read LRMIN and LRMAX off the curve.
 
-    The sweep trains copies: ``model``, ``optimizer``, the loader's epoch, every global random generator and the
-    train/eval mode are as before when it returns.
+    The sweep trains copies. The model, the optimizer, the loader's epoch and the global random generators stay as they
+    were.
 
     Args:
         model: the network, on ``precision.device``.
-        loader: train batches; it is restarted when it runs out.
+        loader: train batches; restarted when it runs out.
         optimizer: the optimizer that will train ``model``.
         criterion: the training loss, called as ``criterion(logits, labels)``.
         precision: as in training.
-        start: low enough that the loss does not move yet.
-        end: high enough that it diverges.
-        steps: sweep steps, one batch each, equally spaced in log LR.
-        rule: a name in ``RULES``.
+        start: low enough that the loss does not change yet.
+        end: high enough that the loss diverges.
+        steps: one batch each, equally spaced in log LR.
+        rule: a key of ``RULES``.
 
     Raises:
         LRRangeError: the loss never fell, or never rose again.
@@ -115,21 +115,58 @@ def find_lr(
     """
     if rule not in RULES:
         raise ConfigError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
-    lrs, losses = _sweep(model, loader, optimizer, criterion, precision, start, end, steps)
-    return read_curve(lrs, losses, rule)
+    model, optimizer = copy.deepcopy((model, optimizer))  # together: the copied optimizer holds the copied parameters
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)  # set by a scheduler; torch-lr-finder would refuse the optimizer
+    optimizer.zero_grad()
+    epoch, states = getattr(loader, "epoch", None), rng_states()
+    finder = _Sweep(TrainState(model, optimizer, criterion, precision, precision.grad_scaler()))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # torch-lr-finder advertises its plot
+            finder.range_test(
+                TrainDataLoaderIter(loader), start_lr=start, end_lr=end, num_iter=steps, smooth_f=0, diverge_th=DIVERGED
+            )
+    finally:
+        set_rng_states(states)
+        if epoch is not None:
+            loader.epoch = epoch
+    return read_curve(np.array(finder.lrs), np.array(finder.losses), rule)
+
+
+class _Sweep(LRFinder):
+    """torch-lr-finder's sweep around our training step."""
+
+    def __init__(self, state: TrainState):
+        super().__init__(state.model, state.optimizer, state.criterion, device=state.precision.device)
+        self.state = state
+        self.lrs: list[float] = []
+        self.losses: list[float] = []
+
+    def _train_batch(self, train_iter, accumulation_steps, non_blocking_transfer=True) -> float:
+        self.model.train()
+        lr = self.state.lr
+        _, loss = train_step(self.state, *next(train_iter))
+        value = loss.item()
+        if not math.isfinite(value):
+            return math.inf  # ends the sweep; the library would ignore a NaN
+        self.lrs.append(lr)
+        self.losses.append(value)
+        # The library stops at a multiple of the lowest loss it sees. Once a small set is learned by heart, one batch may
+        # exceed any multiple of that. So it sees no loss below the first.
+        return max(value, self.losses[0])
 
 
 def find_range(model: nn.Module, train_loader: Iterable, config: Config, precision: Precision) -> LRRange:
-    """Both ends of the cycle: those that ``config`` gives, else what the range test finds with its settings.
+    """The ends of the cycle: those set in ``config``, or else found by a range test and scaled by its two factors.
 
     Args:
-        model: on ``precision.device``; it is not changed.
+        model: on ``precision.device``; not changed.
         train_loader: see ``find_lr``.
-        config: the optimizer's, the loss's and the range test's settings; its two factors scale what the rule reads.
+        config: the settings of optimizer, loss and range test.
         precision: as in training.
 
     Raises:
-        LRRangeError: the curve has no answer, or the factors turn the range around.
+        LRRangeError: the curve does not show both ends, or the factors swap them.
     """
     if precision.device.type == "cpu":
         keep_freed_memory()
@@ -156,15 +193,15 @@ def find_range(model: nn.Module, train_loader: Iterable, config: Config, precisi
 
 
 def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "steepest-minimum") -> LRRange:
-    """Apply the rules to a finished sweep.
+    """Read the suggestions off a finished sweep.
 
     Args:
         lrs: (S,) increasing.
-        losses: (S,) the loss at each.
-        rule: a name in ``RULES``.
+        losses: (S,) the loss at each LR.
+        rule: a key of ``RULES``.
 
     Raises:
-        LRRangeError: no rule has an answer.
+        LRRangeError: the curve is too short, never falls, or never rises again; or the rule puts LRMIN above LRMAX.
     """
     lrs, losses = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
     if len(lrs) < SMOOTHING_WINDOW:
@@ -203,14 +240,14 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "steepest-minimu
     return LRRange(low, high, lrs, losses, smoothed, rule, suggestions)
 
 
-def smooth(losses: np.ndarray, window: int = SMOOTHING_WINDOW) -> np.ndarray:
-    """Centred moving average, (S,) -> (S,); the ends average what there is. Centred: it does not shift the curve."""
-    kernel = np.ones(window)
+def smooth(losses: np.ndarray) -> np.ndarray:
+    """A moving average, (S,) -> (S,): centred, so that it does not shift the curve, and shorter at the ends."""
+    kernel = np.ones(SMOOTHING_WINDOW)
     return np.convolve(losses, kernel, "same") / np.convolve(np.ones_like(losses), kernel, "same")
 
 
 def _onset(smoothed: np.ndarray, start_loss: float, lowest: int) -> int:
-    """The first point from which the loss stays below its beginning by ``ONSET`` of its whole fall.
+    """The first step from which the loss stays lower by ``ONSET`` of its whole fall.
 
     Smith's base LR (2015, section 3.3): the LR at which the accuracy begins to rise.
     """
@@ -220,13 +257,13 @@ def _onset(smoothed: np.ndarray, start_loss: float, lowest: int) -> int:
 
 
 def _steepest(lrs: np.ndarray, smoothed: np.ndarray, lowest: int) -> int:
-    """Where the loss falls fastest per decade of LR, before its minimum (fastai's "steep", on the smoothed curve)."""
+    """The step before the minimum where the loss falls fastest per decade of LR (fastai's "steep")."""
     slopes = np.gradient(smoothed, np.log10(lrs))
     return int(np.argmin(slopes[: lowest + 1]))
 
 
 def _valley(smoothed: np.ndarray) -> int:
-    """The middle of the longest decreasing subsequence (the idea of fastai's "valley", there halfway as well)."""
+    """The middle of the longest decreasing subsequence (as in fastai's "valley")."""
     length = np.ones(len(smoothed), dtype=int)
     previous = np.full(len(smoothed), -1)
     for i in range(1, len(smoothed)):
@@ -239,50 +276,3 @@ def _valley(smoothed: np.ndarray) -> int:
     while previous[start] >= 0:
         start = int(previous[start])
     return (start + end) // 2
-
-
-class _BatchIterator(TrainDataLoaderIter):
-    """Lets torch-lr-finder iterate any loader of ``(images, labels)``, starting it anew at its end."""
-
-
-class _Sweep(LRFinder):
-    """torch-lr-finder's loop around our training step, keeping the LR that each step was really taken with."""
-
-    def __init__(self, state: TrainState):
-        super().__init__(state.model, state.optimizer, state.criterion, device=state.precision.device)
-        self.state = state
-        self.lrs: list[float] = []
-        self.losses: list[float] = []
-
-    def _train_batch(self, train_iter, accumulation_steps, non_blocking_transfer=True) -> float:
-        self.model.train()
-        lr = self.state.lr
-        _, loss = train_step(self.state, *next(train_iter))
-        value = loss.item()
-        if not math.isfinite(value):
-            return math.inf  # the library stops on any loss far above the best, but would step over a NaN for ever
-        self.lrs.append(lr)
-        self.losses.append(value)
-        # The library stops at a multiple of the best loss it is told of. A small set is soon learned so well that single
-        # batches exceed any multiple of that; so the best one told is the first.
-        return max(value, self.losses[0])
-
-
-def _sweep(model, loader, optimizer, criterion, precision, start, end, steps) -> tuple[np.ndarray, np.ndarray]:
-    # One deepcopy for both, so that the copied optimizer holds the copied parameters.
-    model, optimizer = copy.deepcopy((model, optimizer))
-    for group in optimizer.param_groups:
-        group.pop("initial_lr", None)  # left by a scheduler on the original; the library would refuse it
-    optimizer.zero_grad()
-    epoch, states = getattr(loader, "epoch", None), rng_states()
-    try:
-        finder = _Sweep(TrainState(model, optimizer, criterion, precision, precision.grad_scaler()))
-        with contextlib.redirect_stdout(io.StringIO()):  # it advertises its own plot; ours follows
-            finder.range_test(
-                _BatchIterator(loader), start_lr=start, end_lr=end, num_iter=steps, smooth_f=0, diverge_th=DIVERGED
-            )
-    finally:
-        set_rng_states(states)
-        if epoch is not None:
-            loader.epoch = epoch
-    return np.array(finder.lrs), np.array(finder.losses)

@@ -1,8 +1,8 @@
-"""The one-cycle policy: up to the peak, down again, one linear ramp each, and nothing after.
+"""The one-cycle policy: one linear ramp up to the peak, and one down again.
 
 Smith, *A disciplined approach to neural network hyper-parameters* (2018), https://arxiv.org/abs/1803.09820, adds a last
-phase in which the LR falls far below where it began ("annihilation"). The assignment leaves it out: the cycle ends
-where it started, at LRMIN.
+phase in which the LR falls far below its start ("annihilation"). The assignment leaves it out: the cycle ends where it
+began, at LRMIN.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from utils.config import Config
 from utils.runtime import ConfigError
 
-# The range that fastai and torch cycle Adam's beta1 through, mirrored to the LR: low momentum at high LR.
+# fastai and torch cycle Adam's beta1 through this range, as the mirror image of the LR: low momentum at a high LR.
 BETA1_RANGE = (0.85, 0.95)
 
 
@@ -33,18 +33,17 @@ def one_cycle(
     """The cycle as a torch scheduler; call its ``step()`` after every batch.
 
     Args:
-        optimizer: its LR (and beta1, with ``cycle_beta1``) is set from the first step on.
+        optimizer: its LR is set at once (and its beta1, with ``cycle_beta1``).
         lr_min: LR of the first and the last step.
         lr_max: LR of the last step of epoch ``peak_epoch``.
         epochs: length of the cycle.
-        peak_epoch: the epoch, counted from 1, at whose last step the LR peaks.
-        steps_per_epoch: batches an epoch.
-        cycle_beta1: move Adam's beta1 from 0.95 to 0.85 at the peak and back. torch does so unless told not to;
-            here it is off unless asked for.
-        lr_first, lr_last: LR of the first and of the last step where it is not to be ``lr_min``, in ablations.
+        peak_epoch: the LR peaks at the last step of this epoch, counted from 1.
+        steps_per_epoch: batches per epoch.
+        cycle_beta1: move Adam's beta1 from 0.95 down to 0.85 at the peak and back. torch does this by default.
+        lr_first, lr_last: LR of the first and the last step, for ablations; None: ``lr_min``.
 
     Raises:
-        ConfigError: LRs or lengths that make no cycle.
+        ConfigError: the LRs or lengths make no cycle.
     """
     check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
     lr_first, lr_last = lr_first or lr_min, lr_last or lr_min
@@ -63,20 +62,17 @@ def one_cycle(
 
 
 def one_cycle_lrs(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> np.ndarray:
-    """The LR of every step, computed from the definition rather than by running the scheduler.
-
-    Returns:
-        (epochs * steps_per_epoch,) float64.
+    """The LR of every step, from the definition: (epochs * steps_per_epoch,) float64.
 
     Raises:
-        ConfigError: LRs or lengths that make no cycle.
+        ConfigError: the LRs or lengths make no cycle.
     """
     check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
     return _ramps(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
 
 
 def one_cycle_beta1s(epochs: int, peak_epoch: int, steps_per_epoch: int) -> np.ndarray:
-    """Adam's beta1 at every step when it cycles: the LR's mirror image. (epochs * steps_per_epoch,) float64."""
+    """Adam's beta1 at every step if it cycles: (epochs * steps_per_epoch,) float64."""
     low, high = BETA1_RANGE
     return _ramps(high, low, epochs, peak_epoch, steps_per_epoch)
 
@@ -89,12 +85,12 @@ def _ramps(end: float, peak: float, epochs: int, peak_epoch: int, steps_per_epoc
 def scheduler_for(
     config: Config, optimizer: Optimizer, lr_min: float, lr_max: float, steps_per_epoch: int
 ) -> OneCycleLR:
-    """The schedule that ``config`` asks for: one cycle, or what an ablation puts in its place.
+    """The schedule that ``config`` names: one cycle, or an ablation's.
 
     "constant" stays at LRMAX, "no-warm-up" begins there, "annihilation" ends at LRMIN / 100.
 
     Raises:
-        ConfigError: LRs or lengths that make no cycle.
+        ConfigError: the LRs or lengths make no cycle.
     """
     ends = {
         "one-cycle": {},
@@ -107,22 +103,22 @@ def scheduler_for(
 
 
 def check_cycle(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
-    """Refuse what makes no cycle.
+    """Check that the LRs and lengths make a cycle.
 
     Raises:
-        ConfigError: it names the values and the fix.
+        ConfigError: they do not; the message names the values and the fix.
     """
     if not 0 < lr_min < lr_max:
         raise ConfigError(f"lr_min is {lr_min} and lr_max is {lr_max}: the cycle needs 0 < lr_min < lr_max")
     if steps_per_epoch < 1:
-        raise ConfigError(f"steps_per_epoch is {steps_per_epoch}: an epoch has at least 1 batch")
+        raise ConfigError(f"steps_per_epoch is {steps_per_epoch}: an epoch needs at least 1 batch")
     if not 1 <= peak_epoch < epochs:
         raise ConfigError(
-            f"epochs is {epochs} and peak_epoch is {peak_epoch}: the peak comes in epoch 1 or later and before the "
-            f"last one; train for at least {peak_epoch + 1} epochs or lower peak_epoch"
+            f"epochs is {epochs} and peak_epoch is {peak_epoch}: the peak must come in epoch 1 or later, and before "
+            f"the last; train for at least {peak_epoch + 1} epochs or lower peak_epoch"
         )
     if peak_epoch * steps_per_epoch < 2:
         raise ConfigError(
-            f"the LR would rise within a single step: with {steps_per_epoch} batch an epoch, use a smaller --batch-size, "
-            "or a later --peak-epoch"
+            f"the LR would rise within a single step: with {steps_per_epoch} batch per epoch, use a smaller "
+            "--batch-size or a later --peak-epoch"
         )

@@ -1,10 +1,8 @@
-"""Augmentation twice: image by image with Albumentations (the reference), and whole batches at once (the fast twin).
+"""Augmentation, twice: image by image with Albumentations (the reference), and many images at once (the fast twin).
 
-Both do the same thing to a 32x32 image: pad 4 pixels on each side, crop 32x32 at random, flip left-right half of the
-time, fill one 8x8 square with the mean colour (cutout, DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552), and
-normalize. Tests hold the two against each other: equal pixels for equal draws, equal distributions for free draws.
-
-The channel statistics live here and nowhere else.
+Both pad a 32x32 image by 4 pixels on each side, crop 32x32 at random, flip left-right half of the time, fill one 8x8
+square with the mean colour (cutout, DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552), and normalize. The tests
+compare them: equal pixels for equal draws, and equal distributions of the draws.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import functools
 import os
 from dataclasses import dataclass
 
-# Albumentations asks a server for its newest version when it is imported; a lesson must also open offline.
+# On import, Albumentations asks a server for its newest version; the lesson must also work offline.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
@@ -23,18 +21,18 @@ import torch
 from albumentations.pytorch import ToTensorV2
 from torch import Tensor
 
-# Mean and standard deviation of each channel (R, G, B) over the 50,000 CIFAR-10 train images, pixels in [0, 1].
+from utils.sources import IMAGE_SIZE
+
+# Mean and standard deviation of each channel (R, G, B) over CIFAR-10's 50,000 train images, pixels in [0, 1].
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
-# The mean colour as pixel values: what cutout and constant padding fill with, close to 0 once normalized.
+# The mean colour, for cutout and constant padding; close to 0 once normalized.
 MEAN_PIXEL = tuple(round(255 * mean) for mean in MEAN)
-
-_ALBUMENTATIONS_BORDER = {"reflect": cv2.BORDER_REFLECT_101, "constant": cv2.BORDER_CONSTANT}
 
 
 def train_transform(
-    pad: int = 4, pad_mode: str = "reflect", flip: bool = True, cutout: int = 8, size: int = 32, seed: int | None = None
+    pad: int = 4, pad_mode: str = "reflect", flip: bool = True, cutout: int = 8, seed: int | None = None
 ) -> A.Compose:
     """The reference train pipeline: pad, random crop, horizontal flip, cutout, normalize, tensor.
 
@@ -42,21 +40,17 @@ def train_transform(
         pad: pixels added on each side before the crop.
         pad_mode: ``"reflect"`` mirrors the image at its border, ``"constant"`` pads with the mean colour.
         flip: mirror left-right with probability 1/2.
-        cutout: side of the filled square, in pixels; 0 for none.
-        size: side of the image and of the crop.
-        seed: Albumentations ignores global seeds; this is its own.
+        cutout: side of the filled square, in pixels; 0: none.
+        seed: for Albumentations, which ignores global seeds.
 
     Returns:
-        A callable: ``transform(image=<(size, size, 3) uint8>)["image"]`` is a (3, size, size) float32 tensor.
+        A callable: ``transform(image=<(32, 32, 3) uint8>)["image"]`` is a (3, 32, 32) float32 tensor.
     """
+    padded = IMAGE_SIZE + 2 * pad
+    border = {"reflect": cv2.BORDER_REFLECT_101, "constant": cv2.BORDER_CONSTANT}[pad_mode]
     steps = [
-        A.PadIfNeeded(
-            min_height=size + 2 * pad,
-            min_width=size + 2 * pad,
-            border_mode=_ALBUMENTATIONS_BORDER[pad_mode],
-            fill=MEAN_PIXEL,
-        ),
-        A.RandomCrop(height=size, width=size),
+        A.PadIfNeeded(min_height=padded, min_width=padded, border_mode=border, fill=MEAN_PIXEL),
+        A.RandomCrop(height=IMAGE_SIZE, width=IMAGE_SIZE),
     ]
     if flip:
         steps.append(A.HorizontalFlip(p=0.5))
@@ -74,7 +68,7 @@ def train_transform(
 
 
 def test_transform() -> A.Compose:
-    """The reference test pipeline: normalize, tensor. Nothing is random.
+    """The reference test pipeline: normalize, tensor.
 
     Returns:
         A callable: ``transform(image=<(H, W, 3) uint8>)["image"]`` is a (3, H, W) float32 tensor.
@@ -82,7 +76,7 @@ def test_transform() -> A.Compose:
     return A.Compose(_to_normalized_tensor())
 
 
-test_transform.__test__ = False  # pytest: the name is the field's, this is no test
+test_transform.__test__ = False  # despite its name, not a test for pytest
 
 
 def _to_normalized_tensor() -> list:
@@ -90,15 +84,15 @@ def _to_normalized_tensor() -> list:
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels to normalized floats, ready for the network: (pixel / 255 - mean) / std.
+    """uint8 pixels to normalized floats: (pixel / 255 - mean) / std.
 
     Args:
         images: (N, H, W, 3) uint8.
-        dtype: the result's; the arithmetic is in float32.
+        dtype: of the result; the arithmetic is in float32.
 
     Returns:
-        (N, 3, H, W) on the same device. The memory stays in NHWC order, which is what torch calls channels_last and
-        what convolutions on tensor cores (and oneDNN) like best: no transposing copy is made.
+        (N, 3, H, W) on the same device, in torch's channels_last format: the memory stays in NHWC order, without a
+        copy, and convolutions are fastest on it.
     """
     mean, std = _constant(MEAN, torch.float32, images.device), _constant(STD, torch.float32, images.device)
     scaled = images.float().mul_(1 / (255 * std)).sub_(mean / std)
@@ -107,15 +101,15 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @functools.cache
 def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once a device: every copy from the host makes it wait for the work that the device has queued."""
+    """Copied to each device once: a copy from the host would wait for all work that the device has queued."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def denormalize(images: Tensor) -> np.ndarray:
-    """The uint8 pictures behind normalized floats, exactly: nothing to clip, nothing smeared.
+    """The exact uint8 pixels behind normalized floats.
 
     Args:
-        images: (3, H, W) or (N, 3, H, W) float32, as the transforms return them.
+        images: (3, H, W) or (N, 3, H, W) float32.
 
     Returns:
         (H, W, 3) or (N, H, W, 3) uint8.
@@ -128,12 +122,12 @@ def denormalize(images: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices for N images, all (N,) tensors; slicing gives those of a batch.
+    """The random choices for N images, all (N,) tensors; an index selects those of some images.
 
     Attributes:
-        crop_y, crop_x: int64, where the crop starts in the padded image, 0 to 2 * pad.
-        flips: bool, mirrored or not.
-        hole_y, hole_x: int64, top left corner of the cutout square, 0 to size - cutout.
+        crop_y, crop_x: int64, top left corner of the crop in the padded image, 0 to 2 * pad.
+        flips: bool, True: mirrored.
+        hole_y, hole_x: int64, top left corner of the cutout square, 0 to 32 - cutout.
     """
 
     crop_y: Tensor
@@ -151,20 +145,19 @@ class Draws:
 
 @dataclass(frozen=True)
 class BatchAugment:
-    """The batched twin of ``train_transform``: the same settings, the same distribution, one gather a batch.
+    """The batched twin of ``train_transform``, with the same settings and the same distribution.
 
-    Instead of padding and slicing, it computes for each output pixel the input pixel that it shows: an offset for the
-    crop, a reversal for the flip, a reflection at the border. Then one indexing operation moves all pixels at once.
+    Instead of padding and slicing, it computes which input pixel each output pixel shows: an offset for the crop, a
+    reversal for the flip, a reflection at the border. Then one indexing operation moves all pixels.
     """
 
     pad: int = 4
     pad_mode: str = "reflect"
     flip: bool = True
     cutout: int = 8
-    size: int = 32
 
     def draw(self, count: int, generator: torch.Generator) -> Draws:
-        """Draw for ``count`` images, on the CPU: the same seed gives the same augmentations on every device."""
+        """Draw for ``count`` images, on the CPU, so that a seed gives the same augmentations on every device."""
 
         def integers(high: int) -> Tensor:
             return torch.randint(high, (count,), generator=generator)
@@ -173,38 +166,37 @@ class BatchAugment:
             crop_y=integers(2 * self.pad + 1),
             crop_x=integers(2 * self.pad + 1),
             flips=integers(2).bool() if self.flip else torch.zeros(count, dtype=torch.bool),
-            hole_y=integers(self.size - self.cutout + 1),
-            hole_x=integers(self.size - self.cutout + 1),
+            hole_y=integers(IMAGE_SIZE - self.cutout + 1),
+            hole_x=integers(IMAGE_SIZE - self.cutout + 1),
         )
 
     def apply(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
         """Augment ``images[index]``.
 
         Args:
-            images: (M, size, size, 3) uint8, the resident dataset; it is only read.
+            images: (M, 32, 32, 3) uint8, the whole set; not changed.
             index: (N,) int64, the images of this batch.
-            draws: N draws, on the same device.
+            draws: for these N images, on the same device.
 
         Returns:
-            (N, size, size, 3) uint8.
+            (N, 32, 32, 3) uint8.
         """
-        position = torch.arange(self.size, device=images.device)
-        columns = torch.where(draws.flips[:, None], self.size - 1 - position, position)
-        rows = position + draws.crop_y[:, None] - self.pad  # (N, size), from -pad to size - 1 + pad
+        position = torch.arange(IMAGE_SIZE, device=images.device)
+        columns = torch.where(draws.flips[:, None], IMAGE_SIZE - 1 - position, position)
+        rows = position + draws.crop_y[:, None] - self.pad  # (N, 32), from -pad to 31 + pad
         columns = columns + draws.crop_x[:, None] - self.pad
 
         if self.pad_mode == "reflect":
-            source_rows, source_columns = self._reflect(rows), self._reflect(columns)
+            source_rows, source_columns = _reflect(rows), _reflect(columns)
         else:
-            source_rows, source_columns = rows.clamp(0, self.size - 1), columns.clamp(0, self.size - 1)
-        # Pixels as rows of a flat (M * size * size, 3) table: one index_select instead of a three-way gather.
-        pixel = (index[:, None, None] * self.size + source_rows[:, :, None]) * self.size + source_columns[:, None, :]
+            source_rows, source_columns = rows.clamp(0, IMAGE_SIZE - 1), columns.clamp(0, IMAGE_SIZE - 1)
+        # With one pixel per row of a (M * 32 * 32, 3) table, a single index_select moves them all.
+        pixel = (index[:, None, None] * IMAGE_SIZE + source_rows[:, :, None]) * IMAGE_SIZE + source_columns[:, None, :]
         batch = images.view(-1, 3).index_select(0, pixel.flatten()).view(*pixel.shape, 3)
 
         fill = _constant(MEAN_PIXEL, torch.uint8, images.device)
         if self.pad_mode == "constant" and self.pad:
-            outside_rows, outside_columns = rows != source_rows, columns != source_columns
-            outside = outside_rows[:, :, None] | outside_columns[:, None, :]
+            outside = (rows != source_rows)[:, :, None] | (columns != source_columns)[:, None, :]
             batch = torch.where(outside[..., None], fill, batch)
         if self.cutout:
             image = torch.arange(len(index), device=images.device)[:, None, None]
@@ -213,7 +205,8 @@ class BatchAugment:
             batch[image, hole_rows[:, :, None], hole_columns[:, None, :]] = fill
         return batch
 
-    def _reflect(self, positions: Tensor) -> Tensor:
-        """Mirror positions outside 0..size-1 at the border pixel, without repeating it (OpenCV's BORDER_REFLECT_101)."""
-        last = self.size - 1
-        return last - (last - positions.abs()).abs()
+
+def _reflect(positions: Tensor) -> Tensor:
+    """Mirror positions outside 0 to 31 at the border pixel, without repeating it (OpenCV's BORDER_REFLECT_101)."""
+    last = IMAGE_SIZE - 1
+    return last - (last - positions.abs()).abs()

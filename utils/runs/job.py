@@ -28,7 +28,7 @@ from utils.config import Config
 from utils.dataset import ImageDataset
 from utils.loaders import make_loaders
 from utils.lr_finder import LRRange
-from utils.runs import figures, report
+from utils.runs import figures, machine, report
 from utils.runs.checkpoint import Checkpoint, CheckpointError, differences, of_this_version
 from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
 from utils.runs.ranks import Ranks
@@ -60,11 +60,11 @@ class Results:
 
 
 def _explained(step: Callable) -> Callable:
-    """Failures of the machine in a step of a job get words of their own (see ``runtime.explain_failures``)."""
+    """Failures of the machine in a step of a job get words of their own (see ``machine.explain_failures``)."""
 
     @functools.wraps(step)
     def explained(self, *args, **kwargs):
-        with runtime.explain_failures(self.config.batch_size):
+        with machine.explain_failures(self.config.batch_size):
             return step(self, *args, **kwargs)
 
     return explained
@@ -143,7 +143,7 @@ class Job:
     @_explained
     def _prepare(self) -> None:
         config, dataset = self.config, self.dataset
-        runtime.check_compile(config.compile, self.device)
+        machine.check_compile(config.compile, self.device)
         runtime.seed_everything(config.seed, config.deterministic)
         loaders = functools.partial(make_loaders, dataset, config, self.device, self.precision.dtype)
         self.train_loader, self.test_loader = loaders(rank=self.ranks.rank, world=self.ranks.world)
@@ -157,7 +157,7 @@ class Job:
         if config.init == "patches":
             patches = normalize(torch.from_numpy(dataset.train_images[:PATCH_IMAGES]))
         model = engine.build_model(config, len(dataset.classes), patches)
-        if config.packed == "on" or (config.packed == "auto" and runtime.packing_pays(self.precision)):
+        if config.packed == "on" or (config.packed == "auto" and machine.packing_pays(self.precision)):
             pack_small_maps(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
@@ -182,7 +182,7 @@ class Job:
     def _say_if_moved(self) -> None:
         """A run that began elsewhere goes on correctly, but no longer bit for bit."""
         record = self._record
-        here = (runtime.device_name(self.device), self.precision.name, f"torch {runtime.versions()['torch']}")
+        here = (runtime.device_name(self.device), self.precision.name, f"torch {machine.versions()['torch']}")
         there = (record["device"], record["precision"], f"torch {record['versions']['torch']}")
         moved = [f"{old} then, {new} now" for old, new in zip(there, here) if old != new]
         if record["world"] != self.ranks.world:

@@ -31,6 +31,7 @@ from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, ImageDataset
 from utils.engine import History
 from utils.loaders import BatchedLoader
 from utils.lr_finder import LRRange
+from utils.runs import machine
 from utils.runs.weights import WEIGHTS_NAME, rounded_to_half
 from utils.runtime import ConfigError, Precision, Session10Error, write_atomically
 
@@ -90,8 +91,8 @@ def run_record(
         "device": runtime.device_name(precision.device),
         "precision": precision.name,
         "world": world,
-        "versions": runtime.versions(),
-        "commit": runtime.code_commit(),
+        "versions": machine.versions(),
+        "commit": machine.code_commit(),
     }
 
 

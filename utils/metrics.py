@@ -1,0 +1,107 @@
+"""What training and testing measure: an epoch's metrics, a run's history, and its table."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Over ``count`` images: ``loss``, the mean cross-entropy in nats, and ``correct``, the number of right answers."""
+
+    loss: float
+    correct: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100.0 * self.correct / self.count
+
+
+class RunningMetrics:
+    """The logits and labels of an epoch's batches, kept on the device so that no step waits for it."""
+
+    def __init__(self):
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: (B, C) logits and (B,) labels."""
+        self.logits.append(logits.float().clone())  # cloned: a CUDA graph reuses its output's memory
+        self.labels.append(labels)
+
+    def read(self) -> Metrics:
+        """The metrics so far; waits for the device."""
+        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
+        losses = F.cross_entropy(logits, labels, reduction="none").cpu().double()
+        return Metrics(float(losses.mean()), int((logits.argmax(1) == labels).sum()), len(labels))
+
+    def first_bad_step(self) -> int | None:
+        """The first step, counted from 0, with logits that are not finite."""
+        finite = torch.stack([torch.isfinite(logits).all() for logits in self.logits]).tolist()
+        return None if all(finite) else finite.index(False)
+
+
+@dataclass
+class History:
+    """One entry per epoch in every list; index 0 is epoch 1.
+
+    Attributes:
+        lr: the LR of the epoch's last step.
+        train_loss, test_loss: mean cross-entropy per image, both without label smoothing.
+        train_accuracy, test_accuracy: percent. Train: on augmented images, while the weights were moving.
+            Test: None for epochs without a test.
+        seconds: wall time of training and testing.
+        train_size, test_size: the number of images behind each mean.
+    """
+
+    lr: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    test_loss: list[float | None] = field(default_factory=list)
+    test_accuracy: list[float | None] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    train_size: int = 0
+    test_size: int = 0
+
+    @property
+    def epochs(self) -> int:
+        return len(self.lr)
+
+    def append(self, lr: float, train: Metrics, test: Metrics | None, seconds: float) -> None:
+        """Add an epoch; ``test`` is None if there was no test."""
+        self.lr.append(lr)
+        self.train_loss.append(train.loss)
+        self.train_accuracy.append(train.accuracy)
+        self.test_loss.append(test and test.loss)
+        self.test_accuracy.append(test and test.accuracy)
+        self.seconds.append(seconds)
+        self.train_size = train.count
+        self.test_size = test.count if test else self.test_size
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; ``History(**values)`` is the inverse."""
+        return dataclasses.asdict(self)
+
+
+def table_header() -> str:
+    return (
+        f"{'epoch':>5} {'lr':>9} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
+    )
+
+
+def table_row(history: History, epoch: int) -> str:
+    """The row of ``epoch``, counted from 0."""
+    test = f"{'-':>10} {'-':>9}"
+    if history.test_loss[epoch] is not None:
+        test = f"{history.test_loss[epoch]:>10.4f} {history.test_accuracy[epoch]:>8.2f}%"
+    return (
+        f"{epoch + 1:>5} {history.lr[epoch]:>9.6f} {history.train_loss[epoch]:>11.4f} "
+        f"{history.train_accuracy[epoch]:>9.2f}% {test} {history.seconds[epoch]:>8.1f}"
+    )

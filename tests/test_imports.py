@@ -1,4 +1,4 @@
-"""Which module may import which, and what importing costs: no network."""
+"""Which module may import which; and importing never uses the network."""
 
 import ast
 import re
@@ -13,11 +13,11 @@ from utils.runtime import PROJECT_ROOT
 
 
 def listed(package) -> list[str]:
-    """The modules that a package's docstring numbers, in that order."""
+    """The modules that a package's docstring lists, in that order."""
     return re.findall(r"^\d+\. +``(\w+)``", package.__doc__, flags=re.MULTILINE)
 
 
-# Everything in the order in which it may be imported: each only from those before it.
+# Each may import only from those before it.
 LESSON, RUNS = listed(utils)[:-1], [f"runs.{name}" for name in listed(utils.runs)]
 ORDER = [*LESSON, *RUNS, "train", "predict", "run_notebook", "experiments", "benchmarks"]
 SCRIPTS = [path.stem for path in PROJECT_ROOT.glob("*.py")]
@@ -40,7 +40,7 @@ FILES = sorted(
 
 
 def own_imports(path) -> set[str]:
-    """What a file imports of this project, as ``ORDER`` names it."""
+    """What a file imports from this project, as ``ORDER`` names it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -68,13 +68,13 @@ def test_imports_go_one_way(path):
     name = name_of(path)
     allowed = {"models", *ORDER[: ORDER.index(name)]}
     if name == "sources":
-        allowed = {"sources", "runtime"}  # pixels and nothing else
+        allowed = {"sources", "runtime"}
     if name in ("experiments", "benchmarks"):
         allowed = allowed - {"train", "predict", "run_notebook", "experiments"} | {name}
     assert own_imports(path) <= allowed
 
 
-def test_the_lesson_knows_nothing_of_what_keeps_a_run_safe():
+def test_the_lesson_never_imports_runs():
     lesson = [path for path in FILES if name_of(path) in LESSON]
     assert len(lesson) > 10
     assert not [path.name for path in lesson if any(name.startswith("runs") for name in own_imports(path))]
@@ -85,7 +85,7 @@ def test_the_network_stands_alone(path):
     assert own_imports(path) <= {"models"}
 
 
-# Runs in a fresh interpreter: audit events tell of every look-up and connection, also of those whose error is caught.
+# For a fresh interpreter. Audit events report every lookup and connection, even where the error is caught.
 WATCHED_IMPORT = """
 import importlib, sys
 calls = []
@@ -94,11 +94,11 @@ sys.addaudithook(lambda event, args: calls.append((event, args)) if event in NET
 for name in sys.argv[1:]:
     importlib.import_module(name)
     if calls:
-        sys.exit(f"importing {name} reached for the network: {calls}")
+        sys.exit(f"importing {name} used the network: {calls}")
 """
 
 
-def test_importing_reaches_for_no_network(tmp_path):
+def test_importing_never_uses_the_network(tmp_path):
     names = ["utils", "models", *(f"utils.{name}" for name in [*LESSON, *RUNS]), "train"]
     result = subprocess.run(
         [sys.executable, "-c", WATCHED_IMPORT, *names],

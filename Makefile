@@ -1,4 +1,4 @@
-# Session 10. Every target does its own set-up.
+# Every target sets up what it needs.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,14 +12,14 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 .SECONDARY:
 
 help:
-	@echo "make run          execute the notebook (S10_PROFILE=quick or full); again after an interruption, and it goes on"
-	@echo "                  ARGS=--new starts afresh, ARGS=--publish puts a full run into Results/"
+	@echo "make run          execute the notebook (S10_PROFILE=quick or full); an interrupted run continues"
+	@echo "                  ARGS=--new starts over, ARGS=--publish puts a full run into Results/"
 	@echo "make lab          open the notebook in JupyterLab"
-	@echo "make test         every check"
-	@echo "make check        lint and the fast tests, in a minute and a half"
+	@echo "make test         all checks"
+	@echo "make check        lint and the fast tests, 90 seconds"
 	@echo "make lint         ruff's checks and formatting, without changing anything"
-	@echo "make fuzz         damaged images, checkpoints and weights, signals at random moments, for 10 minutes"
-	@echo "make bench        measure this machine: our pipeline beside the usual one (into runs/bench/)"
+	@echo "make fuzz         damaged files and interrupted runs, for 10 minutes"
+	@echo "make bench        measure this machine: our pipeline and the usual one (into runs/bench/)"
 	@echo "make test-oldest  the tests with the oldest supported versions (Python 3.11, in .venv-oldest)"
 	@echo "make test-colab   the tests with Google Colab's versions (Python 3.13, in .venv-colab)"
 	@echo "make clean        remove the virtual environments and caches (not data/, not runs/)"
@@ -40,8 +40,7 @@ run: $(READY)
 lab: $(READY)
 	@$(BIN)/jupyter lab Session10.ipynb
 
-# What a test starts computes with one thread; the tests themselves set their own number. Two processes with two threads
-# each on two cores slow each other down ten times.
+# For the processes that tests start: on two cores, two processes with two threads each slow each other down ten times.
 test check fuzz test-oldest test-colab: export OMP_NUM_THREADS := 1
 
 test: $(READY) lint
@@ -59,7 +58,7 @@ fuzz: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.speed
 
-# Tried, not only looked up: pyenv has a command for every version it knows, also for one that is switched off.
+# Runs each candidate, since pyenv provides a command even for versions that are not active.
 first_that_runs = $(shell for python in $(1) $(PYTHON); do $$python -c '' 2>/dev/null && echo $$python && break; done)
 
 .venv-oldest/.ready: WANTED := python3.11

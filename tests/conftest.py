@@ -1,4 +1,4 @@
-"""Shared fixtures: small synthetic data everywhere, real CIFAR-10 where it is at hand."""
+"""Shared fixtures: small synthetic data, and real CIFAR-10 where available."""
 
 import os
 
@@ -13,9 +13,10 @@ from PIL import Image
 from utils import dataset as dataset_module
 from utils.dataset import CIFAR10_CLASSES, ImageDataset, load_dataset
 
-THREADS = 1  # fixed: the same thread count gives bit-identical CPU runs; one, since two beside other work are ten times slower
+# Fixed, since bit-identical CPU runs need the same number; one, since two threads beside other work are ten times slower.
+THREADS = 1
 
-# The same examples in every run, so that a red test is red again; no deadline, since machines differ.
+# The same examples in every run, so that failures repeat; no deadline, since machines differ.
 settings.register_profile("session10", derandomize=True, deadline=None)
 settings.load_profile("session10")
 
@@ -27,7 +28,7 @@ def _fixed_threads():
 
 @pytest.fixture(scope="session")
 def cifar10() -> ImageDataset:
-    """Real CIFAR-10; skips where no copy is named."""
+    """Real CIFAR-10; skips the test unless $CIFAR10_DIR is set."""
     folder = os.environ.get("CIFAR10_DIR")
     if not folder:
         pytest.skip("needs real CIFAR-10: set CIFAR10_DIR to a folder that holds it")
@@ -36,7 +37,7 @@ def cifar10() -> ImageDataset:
 
 @pytest.fixture(scope="session")
 def toy() -> ImageDataset:
-    """60 train and 30 test images in ten classes: each class a colour with noise, so that it can be learned."""
+    """60 train and 30 test images in ten classes. Each class is a colour with noise, so that it can be learned."""
     rng = np.random.default_rng(0)
 
     def split(count: int):
@@ -50,7 +51,7 @@ def toy() -> ImageDataset:
 
 @pytest.fixture
 def project_root(tmp_path, monkeypatch):
-    """A project folder of the test's own, so that no cache or download lands in the real one; names no data folder."""
+    """An empty project folder, so that caches and downloads never reach the real one; $CIFAR10_DIR is unset."""
     root = tmp_path / "project"
     root.mkdir()
     monkeypatch.setattr(dataset_module, "PROJECT_ROOT", root)
@@ -60,11 +61,11 @@ def project_root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def image_folder(tmp_path, toy):
-    """The toy images as PNG files, ``{train,test}/<class>/<index>.png``; returns the folder."""
-    for name in ("train", "test"):
-        images, labels = getattr(toy, f"{name}_images"), getattr(toy, f"{name}_labels")
+    """A folder with the toy images as ``{train,test}/<class>/<index>.png``."""
+    splits = {"train": (toy.train_images, toy.train_labels), "test": (toy.test_images, toy.test_labels)}
+    for split, (images, labels) in splits.items():
         for index, (image, label) in enumerate(zip(images, labels)):
-            folder = tmp_path / "images" / name / toy.classes[label]
+            folder = tmp_path / "images" / split / toy.classes[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{index:05d}.png")
     return tmp_path / "images"

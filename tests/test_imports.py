@@ -68,7 +68,7 @@ def test_imports_go_one_way(path):
     name = name_of(path)
     allowed = {"models", *ORDER[: ORDER.index(name)]}
     if name == "sources":
-        allowed = {"sources", "runtime"}  # pixels and nothing else
+        allowed = {"sources", "runtime"}
     if name in ("experiments", "benchmarks"):
         allowed = allowed - {"train", "predict", "run_notebook", "experiments"} | {name}
     assert own_imports(path) <= allowed

@@ -1,6 +1,5 @@
 """The notebook: it runs, its checked outputs hold, and it stays readable."""
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from utils.runs import report
 ROOT = Path(run_notebook.__file__).resolve().parent
 NOTEBOOK = ROOT / "Session10.ipynb"
 MAX_LINES = 15
-MAX_BYTES = 2_000_000  # above it GitHub shows no notebook
+MAX_BYTES = 2_000_000  # GitHub shows no larger notebook
 
 
 @pytest.fixture(scope="module")
@@ -31,44 +30,30 @@ def code_cells(notebook):
 
 
 def run(command: list, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command with ``environment`` added; a value of "" removes the variable."""
     env = {**os.environ, "S10_PROFILE": "quick", **environment}
-    env = {name: value for name, value in env.items() if value != ""}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
 
 
-def digest(folder: Path) -> str:
-    parts = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        parts.update(path.relative_to(folder).as_posix().encode() + (path.read_bytes() if path.is_file() else b""))
-    return parts.hexdigest()
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A copy of the project as it stands, without data, runs and environment."""
-    left_out = {".git", ".venv", "data", "runs", ".pytest_cache", ".ruff_cache", ".hypothesis"}  # of the root alone
-    names = shutil.ignore_patterns("__pycache__", ".venv-*")
-    return Path(
-        shutil.copytree(
-            ROOT,
-            tmp_path / "project",
-            ignore=lambda folder, found: names(folder, found) | (left_out if Path(folder) == ROOT else set()),
-        )
-    )
+    """A copy of the project, without data, runs and environments."""
+    left_out = {".git", ".venv", "data", "runs", ".pytest_cache", ".ruff_cache", ".hypothesis"}  # utils/runs stays
+    everywhere = shutil.ignore_patterns("__pycache__", ".venv-*")
 
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return everywhere(folder, names) | (left_out if Path(folder) == ROOT else set())
 
-@pytest.fixture
-def fake(tmp_path) -> Path:
-    """A folder for PYTHONPATH whose ``sitecustomize`` runs first in every Python process."""
-    (tmp_path / "fake").mkdir()
-    return tmp_path / "fake"
+    return Path(shutil.copytree(ROOT, tmp_path / "project", ignore=ignored))
 
 
 # --- it runs ------------------------------------------------------------------------------------------------------
 
 
-# Settings that a slow core runs in two minutes: a first cell that only these tests put before the others.
+# A first cell that only these tests add, with settings that a slow core runs in two minutes.
 SMALL = """
 import torch
 from utils import config
@@ -80,7 +65,7 @@ config.quick = lambda **changes: quick(**{**small, "range_test_steps": 60, "widt
 
 
 def small_copy(folder: Path) -> Path:
-    """The notebook with ``SMALL`` before its cells."""
+    """``folder/Small.ipynb``: the notebook with ``SMALL`` before its cells."""
     small = nbformat.read(NOTEBOOK, as_version=4)
     small.cells.insert(0, nbformat.v4.new_code_cell(SMALL))
     path = folder / "Small.ipynb"
@@ -91,7 +76,7 @@ def small_copy(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_cell_runs_on_real_images_and_checked_outputs_agree(cifar10, copy, tmp_path):
-    before = digest(copy / "Results"), (copy / "README.md").read_bytes()
+    before = contents(copy / "Results"), (copy / "README.md").read_bytes()
     done = run(
         [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=1200", "-q", "-p", "no:cacheprovider",
          "-o", "addopts=", "-o", "testpaths=", "-o", "timeout=0", small_copy(copy)],
@@ -102,14 +87,15 @@ def test_every_cell_runs_on_real_images_and_checked_outputs_agree(cifar10, copy,
     assert json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["epochs"] == 3
     figures = {path.name for path in (tmp_path / "run").glob("*.png")}
     assert figures >= {path.name for path in report.RESULTS.glob("*.png")}
-    # Without being asked to, a run publishes nothing.
-    assert (digest(copy / "Results"), (copy / "README.md").read_bytes()) == before
+    # Nothing is published unless asked for.
+    assert (contents(copy / "Results"), (copy / "README.md").read_bytes()) == before
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_without_data_and_network_it_runs_on_digits(copy, fake):
-    (fake / "sitecustomize.py").write_text(
+def test_without_data_and_network_it_runs_on_digits(copy, tmp_path):
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "sitecustomize.py").write_text(  # runs first in every Python process
         "import socket\n"
         "def refuse(*args, **kwargs):\n"
         "    raise OSError('no network')\n"
@@ -117,14 +103,15 @@ def test_without_data_and_network_it_runs_on_digits(copy, fake):
         encoding="utf-8",
     )
     small_copy(copy).replace(copy / NOTEBOOK.name)
-    before = digest(copy / "Results")
-    done = run([sys.executable, "run_notebook.py"], copy, CIFAR10_DIR="", PYTHONPATH=str(fake), S10_RUN_NAME="digits")
+    before = contents(copy / "Results")
+    environment = {"CIFAR10_DIR": "", "PYTHONPATH": str(tmp_path / "fake"), "S10_RUN_NAME": "digits"}
+    done = run([sys.executable, "run_notebook.py"], copy, **environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "NOT CIFAR-10" in done.stdout
     assert (copy / "runs" / "digits" / "Session10.ipynb").exists()
     metrics = json.loads((copy / "runs" / "digits" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["source"] == "digits"
-    assert digest(copy / "Results") == before
+    assert contents(copy / "Results") == before
 
 
 # --- it stays readable ------------------------------------------------------------------------------------------
@@ -137,7 +124,7 @@ def test_cells_are_short_and_define_nothing(notebook):
 
 
 def test_every_figure_is_explained_below_it(notebook):
-    """Right below, or below the figures and printed checks that belong to it."""
+    """Directly below, or below the figures and printed checks that belong to it."""
     cells = notebook.cells
     last_lines = [cell.source.splitlines()[-1] if cell.cell_type == "code" else "" for cell in cells]
     drawn = [i for i, line in enumerate(last_lines) if re.match(r"(figures|plotting)\.\w+\(", line)]
@@ -148,7 +135,7 @@ def test_every_figure_is_explained_below_it(notebook):
 
 
 def test_a_number_in_the_text_has_a_source_or_a_check(notebook):
-    """Percentages, factors and counts: in a cell that cites, or with a printed cell right below or above it."""
+    """Percentages, factors and counts: in a cell that cites, or next to a cell that prints."""
     cells = notebook.cells
     claims = r"\d+(?:\.\d+)?(?:%| times| points| orders)"
     for index, cell in enumerate(cells):
@@ -179,9 +166,7 @@ def test_its_stored_outputs_are_the_published_run(notebook):
     assert expected in printed
     for name, accuracy in metrics["per_class_accuracy"].items():
         assert f"Accuracy for class: {name} is {accuracy:.1f} %" in printed
-    shown = "".join(
-        "".join(o.get("data", {}).get("text/markdown", "")) for cell in code_cells(notebook) for o in cell.outputs
-    )
+    shown = "".join(o.get("data", {}).get("text/markdown", "") for cell in code_cells(notebook) for o in cell.outputs)
     blocks = report.readme_blocks(metrics)
     assert blocks["headline"] in shown
     assert blocks["comparison"] in shown
@@ -193,15 +178,6 @@ def test_the_exercises_answers_run(notebook):
     assert len(answers) == text.count("<details>") == 7
     done = run([sys.executable, "-c", "\n".join(answers)], ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    for claim in (
-        "onset: ",
-        "no cutout: {'cutout': 0}",
-        "76%",
-        "9 x 9 = 81",
-        "5 x 5 = 25",
-        "peak at epoch 5: 53%",
-        "peak at epoch 12: 53%",
-        "True",
-    ):
+    claims = ["onset: ", "no cutout: {'cutout': 0}", "76%", "9 x 9 = 81", "5 x 5 = 25", "True\nTrue\n"]
+    for claim in [*claims, "peak at epoch 5: 53%", "peak at epoch 12: 53%"]:
         assert claim in done.stdout
-    assert "True\nTrue\n" in done.stdout

@@ -1,10 +1,8 @@
-"""Where pixels come from: the official archive, folders of pictures, scikit-learn's digits. Plain arrays come out.
+"""Where the pixels come from. Every source returns plain arrays; ``utils.dataset`` chooses among them.
 
 ``archive``        CIFAR-10's official archive: download, unpack, read
-``image_folder``   pictures in class folders
-``digits``         the stand-in for machines without a network
-
-``utils.dataset`` chooses among them and names what comes.
+``image_folder``   images in class folders
+``digits``         scikit-learn's digits, the stand-in when there is no network
 """
 
 from __future__ import annotations
@@ -46,18 +44,18 @@ class Arrays:
 
 
 def printable(path: str | os.PathLike) -> str:
-    """``path`` for a message: bytes that are not UTF-8, which no terminal takes, appear as ``\\xNN``."""
+    """``path`` for a message. Bytes that are not UTF-8 appear as ``\\xNN``, since no terminal prints them."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager
 def sole_writer(folder: Path):
-    """Hold ``folder``, making it if need be, so that one process at a time writes large files into it; others wait.
+    """Lock ``folder``, creating it if needed, so that only one process at a time writes large files there.
 
-    Unfinished files end in ``.s10part``. Those found here belonged to a process that was killed, and are removed.
+    Temporary files end in ``.s10part``. Any found here were left by a killed process and are removed.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".s10lock"):

@@ -167,7 +167,7 @@ class Job:
             with of_this_version(self.folder.checkpoint):
                 self._check_same_run()
                 self._say_if_moved()
-                LRRange.from_dict(self._record["lr_range"])
+                LRRange.from_dict(self._record["lr_range"])  # a malformed one is refused before any work
 
     def _check_same_run(self) -> None:
         differing = differences(self._record["config"], self.config)

@@ -28,11 +28,12 @@ class WeightsError(Session10Error):
 
 
 def rounded_to_half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, floats rounded to what float16 can hold."""
-    return {
-        name: value.detach().cpu().half() if value.is_floating_point() else value.detach().cpu().clone()
-        for name, value in weights.items()
-    }
+    """The tensors on the CPU, contiguous, with floats rounded to float16."""
+    rounded = {}
+    for name, value in weights.items():
+        value = value.detach().cpu()
+        rounded[name] = (value.half() if value.is_floating_point() else value).contiguous()
+    return rounded
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict) -> None:
@@ -47,7 +48,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict) -> N
     Raises:
         WeightsError: a weight is not finite, or too large for float16.
     """
-    half = {name: value.contiguous() for name, value in rounded_to_half(model.state_dict()).items()}
+    half = rounded_to_half(model.state_dict())
     _check_finite(half, path)
     # A single key: safetensors writes several in an order that changes from call to call, and so the file's bytes.
     header = json.dumps({**metadata, "sha256": _digest(half, metadata)}, sort_keys=True)

@@ -165,7 +165,7 @@ def try_run(folder: Path, flags: tuple[str, ...], dataset, expected: dict, secon
             raise WrongError(f"a traceback after {number!r}:\n{said[-2000:]}")
     log.write_bytes(b"")
     if RunProcess(arguments(run_dir, *flags, "--resume"), dataset, log=log).wait() != 0:
-        raise WrongError(f"cannot go on after {signals}:\n{log.read_text(encoding='utf-8')[-2000:]}")
+        raise WrongError(f"cannot be resumed after {signals}:\n{log.read_text(encoding='utf-8')[-2000:]}")
     if not identical(outcome(run_dir), expected):
         raise WrongError(f"other bits after {signals}")
     return "bit-identical"

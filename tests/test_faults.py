@@ -82,45 +82,57 @@ def expected(toy, tmp_path_factory):
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
-def fill(disk):
-    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
-@pytest.mark.parametrize("limit", ["disk", "file size"])
-def test_without_room_the_checkpoints_before_are_kept_and_with_room_again_it_resumes(
-    limit, tmp_path, run, one_message, monkeypatch, expected
-):
-    disk, run_dir = tmp_path / "disk", tmp_path / "disk" / "run"
-    disk.mkdir()
-    sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
-    is_disk = limit == "disk"
-    if is_disk and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]).returncode:
+@contextlib.contextmanager
+def full_disk(disk):
+    """A disk; yields what fills it, and what makes room again."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]).returncode:
         pytest.skip("needs the right to mount a small file system")
 
-    def limit_size():
-        resource.setrlimit(resource.RLIMIT_FSIZE, ((run_dir / NEWEST).stat().st_size // 2, sizes[1]))
+    def fill(folder):
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
 
     try:
+        yield fill, lambda: (disk / "filler").unlink()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@contextlib.contextmanager
+def limited_file_size(disk):
+    """Yields what limits files to half of a checkpoint, and what lifts the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lift = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+
+    def limit(folder):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (folder.checkpoint.stat().st_size // 2, hard))
+
+    try:
+        yield limit, lift
+    finally:
+        lift()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(full_disk, "No space left on device"), (limited_file_size, "File too large")]
+)
+def test_without_room_the_checkpoints_before_are_kept_and_with_room_again_it_resumes(
+    fault, reason, tmp_path, run, one_message, monkeypatch, expected
+):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with fault(run_dir) as (take_room, give_back):
         with monkeypatch.context() as patch:
-            after_save(3, lambda folder: fill(disk) if is_disk else limit_size(), patch.setattr)
+            after_save(3, take_room, patch.setattr)
             message = one_message(arguments(run_dir))
-        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
-        reason = "No space left on device" if is_disk else "File too large"
-        assert (
-            f"could not be written ({reason}); the checkpoint of epoch 2 is still there. To continue, free " in message
-        )
+        give_back()
+        kept = "the checkpoint of epoch 2 is still there. To continue, free "
+        assert f"could not be written ({reason}); {kept}" in message
         assert (decode(run_dir / NEWEST).epochs, decode(run_dir / PREVIOUS).epochs) == (2, 1)
         assert not list(run_dir.glob(".*.s10part"))
-
-        (disk / "filler").unlink(missing_ok=True)
         assert run(arguments(run_dir, "--resume"))[0] == 0
         assert identical(outcome(run_dir), expected)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
-        if is_disk:
-            subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_results_that_could_not_be_written_are_written_by_resuming(tmp_path, run, one_message, expected):

@@ -1,8 +1,8 @@
 """Use trained weights: classify your own pictures, or test the weights on the data of their run.
 
-python predict.py picture.jpg                   the three most probable classes, by the weights in Results/
-python predict.py --weights RUN/custom_resnet.safetensors *.jpg     by those of a run of yours
-python predict.py --test                        accuracy on the test images, beside what metrics.json says
+python predict.py picture.jpg                   the three most probable classes, with the weights in Results/
+python predict.py --weights RUN/custom_resnet.safetensors *.jpg     with the weights of your own run
+python predict.py --test                        accuracy on the test images, beside metrics.json's
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from utils.runs.door import complain, run_door
 from utils.runs.weights import WEIGHTS_NAME, WeightsError, load_model
 from utils.runtime import Session10Error, say
 
-CLASSES_LISTED = 10  # more are counted instead
+CLASSES_LISTED = 10  # longer lists are only counted
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", nargs="*", type=Path, help="image files; the central square is scaled to 32x32")
     parser.add_argument(
-        "--test", action="store_true", help="test the weights on their run's data instead (1.5 minutes on a CPU)"
+        "--test", action="store_true", help="instead, test the weights on their run's data (1.5 minutes on a CPU)"
     )
     parser.add_argument(
         "--weights",
@@ -53,11 +53,10 @@ def test(args: argparse.Namespace, model: CustomResNet, classes: list[str]) -> N
     """Test the weights as the last step of a run does, and compare with the metrics stored beside them.
 
     Raises:
-        DatasetError: the data are of other classes than the weights.
+        DatasetError: the data have other classes than the weights.
     """
-    stored = None
-    if (args.weights.parent / report.METRICS_NAME).exists():
-        stored = report.read_metrics(args.weights.parent)
+    folder = args.weights.parent
+    stored = report.read_metrics(folder) if (folder / report.METRICS_NAME).exists() else None
     dataset = data_of_run(args.data_dir, stored)
     if list(dataset.classes) != classes:
         raise DatasetError(
@@ -75,10 +74,10 @@ def test(args: argparse.Namespace, model: CustomResNet, classes: list[str]) -> N
 
 
 def data_of_run(data_dir: str | None, stored: dict | None) -> ImageDataset:
-    """The data that a run was tested on: of a quick run, the same subset.
+    """The data that a run was tested on; for a quick run, the same subset.
 
     Args:
-        data_dir: a folder; None: the usual places, or the stand-in where the run used it.
+        data_dir: a folder; None: the usual places, or the stand-in if the run used it.
         stored: the run's metrics, if there are any.
     """
     if stored is None:
@@ -89,49 +88,38 @@ def data_of_run(data_dir: str | None, stored: dict | None) -> ImageDataset:
 
 
 def classify(args: argparse.Namespace, model: CustomResNet, classes: list[str]) -> int:
-    """A line for every picture; returns how many of several could not be classified.
+    """Print a line for every picture; returns how many of several could not be classified.
 
     Raises:
-        DatasetError, OSError: the only one could not.
+        DatasetError, OSError: a single picture could not.
+        WeightsError: the network's answers are not probabilities.
     """
     failed = 0
     for picture in args.picture:
         try:
-            say(
-                f"{picture}: "
-                + ", ".join(f"{name} {share:.1%}" for name, share in answers(args, model, picture, classes))
-            )
+            if picture.is_dir():
+                raise DatasetError(f"{picture} is a folder: name the pictures in it, such as {picture}/*.jpg")
+            answers = classify_file(model, picture, classes, args.top)
         except (DatasetError, OSError) as error:
             if len(args.picture) == 1:
                 raise
             complain(f"predict.py: {error}")
             failed += 1
+            continue
+        if not all(math.isfinite(share) for _, share in answers):
+            raise WeightsError(
+                f"{args.weights} gives NaN instead of probabilities: the run has diverged; use another run's weights"
+            )
+        say(f"{picture}: " + ", ".join(f"{name} {share:.1%}" for name, share in answers))
     if failed < len(args.picture):
-        say(f"It knows {in_words(classes)}, and names one of them whatever a picture shows: a high share is no proof.")
+        say(
+            f"It knows {in_words(classes)} and names one of them whatever a picture shows: a high share proves nothing."
+        )
     return failed
 
 
-def answers(
-    args: argparse.Namespace, model: CustomResNet, picture: Path, classes: list[str]
-) -> list[tuple[str, float]]:
-    """The most probable classes of one picture.
-
-    Raises:
-        DatasetError: it is a folder, or no picture that can be read.
-        WeightsError: the network answers with something else than probabilities.
-    """
-    if picture.is_dir():
-        raise DatasetError(f"{picture} is a folder: name the pictures in it, such as {picture}/*.jpg")
-    found = classify_file(model, picture, classes, args.top)
-    if not all(math.isfinite(share) for _, share in found):
-        raise WeightsError(
-            f"{args.weights} gives no probabilities but NaN: the run has diverged; use another one's weights"
-        )
-    return found
-
-
 def in_words(classes: list[str] | tuple[str, ...]) -> str:
-    """``"3 classes (cat, dog, frog)"``; of many, only the number."""
+    """``"3 classes (cat, dog, frog)"``; if there are many, only their number."""
     return f"{len(classes)} classes" + (f" ({', '.join(classes)})" if len(classes) <= CLASSES_LISTED else "")
 
 

@@ -1,12 +1,12 @@
 """Execute Session10.ipynb and keep the executed copy: what `make run` does.
 
-    python run_notebook.py               go on with the unfinished run of the same settings, else begin a new one
-    python run_notebook.py --new         begin a new one in any case
+    python run_notebook.py               continue the unfinished run of the same settings, or begin a new one
+    python run_notebook.py --new         always begin a new one
     python run_notebook.py --publish     and let a full run replace Results/, training_logs.md and the README's tables
     python run_notebook.py --in-place    and store the outputs in Session10.ipynb itself
 
 Runs live in runs/notebook-PROFILE, -2, -3 and so on. `S10_PROFILE`, `S10_SOURCE`, `CIFAR10_DIR` and `S10_RUN_DIR` work
-as in the notebook; `S10_RUN_NAME` names the folder below runs/ yourself.
+as in the notebook; `S10_RUN_NAME` names the folder in runs/ yourself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -33,25 +32,21 @@ from utils.runtime import PROJECT_ROOT, Session10Error, pick_device, say, write_
 
 NOTEBOOK = PROJECT_ROOT / "Session10.ipynb"
 RUNS = PROJECT_ROOT / "runs"
-RECORD_NAME = "notebook.json"  # in a run's folder: what it was started with, and whether it came to its end
+RECORD_NAME = "notebook.json"  # in a run's folder: its settings, and whether it is finished
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LINES_SHOWN = 40  # of what a cell prints
 GRACE_SECONDS = 20.0  # for an interrupted cell to end by itself
 
 
 class NotebookError(Session10Error):
-    """The notebook did not come to its end; the message says why."""
+    """The notebook did not finish; the message says why."""
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path):
-    """The notebook in a file.
-
-    Raises:
-        NotebookError: the file is no notebook.
-    """
+    """The notebook in a file; NotebookError if it is not a notebook."""
     try:
         return nbformat.read(path, as_version=4)
     except ValueError as error:
@@ -64,8 +59,8 @@ def heading_of(cell) -> str | None:
     return next((line.lstrip("# ") for line in lines if line.startswith("#")), None)
 
 
-def without_noise(notebook):
-    """Drop what only made sense live, progress bars and timings of cells, so that the file stays small and stable.
+def save(notebook, path: Path) -> None:
+    """Write the notebook without progress bars and cell timings, so that the file stays small and stable.
 
     GitHub refuses notebooks that refer to widgets without their state.
     """
@@ -81,18 +76,14 @@ def without_noise(notebook):
                 for output in cell.outputs
                 if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
             ]
-    return notebook
-
-
-def save(notebook, path: Path) -> None:
-    write_atomically(path, (nbformat.writes(without_noise(notebook)) + "\n").encode())
+    write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def settings_from_environment() -> dict:
-    """What a notebook run is made of: profile with its settings, and where the images come from."""
+    """What defines a notebook run: the profile and its settings, and where the images come from."""
     profile = os.environ.get("S10_PROFILE") or ("full" if pick_device().type == "cuda" else "quick")
     folder = os.environ.get("CIFAR10_DIR")
     return {
@@ -104,28 +95,26 @@ def settings_from_environment() -> dict:
 
 
 def choose_folder(runs: Path, settings: dict, new: bool = False) -> tuple[Path, bool]:
-    """The folder to run in, and whether an unfinished run of the same settings goes on there.
+    """The folder to run in, and whether it holds an unfinished run of the same settings to continue.
 
     Args:
-        runs: the folder that holds the runs' folders.
+        runs: the folder of all runs.
         settings: from ``settings_from_environment``.
-        new: take a folder of its own, even where a run is unfinished.
+        new: take a new folder, even if a run is unfinished.
     """
-    first = runs / f"notebook-{settings['profile']}"
-    taken = list(itertools.takewhile(Path.exists, _numbered(first)))
+    taken = []
+    for number in itertools.count(1):
+        folder = runs / f"notebook-{settings['profile']}{f'-{number}' if number > 1 else ''}"
+        if not folder.exists():
+            break
+        taken.append(folder)
     if not new:
-        for folder in reversed(taken):
-            with contextlib.suppress(OSError, ValueError):  # another kind of run, which is left alone
-                record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        for old in reversed(taken):
+            with contextlib.suppress(OSError, ValueError):  # another kind of run
+                record = json.loads((old / RECORD_NAME).read_text(encoding="utf-8"))
                 if record == {"settings": settings, "finished": False}:
-                    return folder, True
-    return next(itertools.islice(_numbered(first), len(taken), None)), False
-
-
-def _numbered(first: Path) -> Iterator[Path]:
-    """``first``, then the same with -2, -3 and so on behind it."""
-    yield first
-    yield from (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+                    return old, True
+    return folder, False
 
 
 def write_record(folder: Path, settings: dict, finished: bool) -> None:
@@ -138,18 +127,19 @@ def write_record(folder: Path, settings: dict, finished: bool) -> None:
 
 
 def execute(notebook, environment: dict[str, str]) -> None:
-    """Run every cell in a fresh kernel, naming each section as it begins; outputs are put into ``notebook``.
+    """Run every cell in a new kernel, naming each section as it begins; outputs go into ``notebook``.
 
-    Ctrl-C and SIGTERM interrupt the cell that runs, as Jupyter's stop button does, and a second one kills the kernel.
+    Ctrl-C and SIGTERM interrupt the running cell, as Jupyter's stop button does; a second one kills the kernel.
 
     Args:
         notebook: from ``read``.
         environment: of the kernel.
 
     Raises:
-        NotebookError: a cell failed, or the kernel died; what was executed so far is in ``notebook``.
-        KeyboardInterrupt: likewise, with the signal's number unless that is Ctrl-C's.
+        NotebookError: a cell failed, or the kernel died; the outputs so far are in ``notebook``.
+        KeyboardInterrupt: the same after a signal.
     """
+    headings = [heading_of(cell) for cell in notebook.cells]
     section = ""
     stopped = False
 
@@ -157,8 +147,7 @@ def execute(notebook, environment: dict[str, str]) -> None:
         nonlocal section
         if stopped:  # between two cells there is nothing to interrupt
             raise NotebookError("stopped")
-        before = (heading_of(earlier) for earlier in reversed(notebook.cells[: cell_index + 1]))
-        heading = next((name for name in before if name), "")
+        heading = next(filter(None, reversed(headings[: cell_index + 1])), "")
         if heading != section:
             section = heading
             say(f"  {time.strftime('%H:%M:%S')}  {heading}")
@@ -178,32 +167,32 @@ def execute(notebook, environment: dict[str, str]) -> None:
         on_cell_executed=echo,
         store_widget_state=False,
     )
-    if os.name == "posix":  # sockets that only this user can reach, instead of TCP ports, about which the kernel warns
+    if os.name == "posix":  # sockets that only this user can reach; the kernel would warn about TCP ports
         client.create_kernel_manager()
         client.km.transport = "ipc"
 
-    # In a thread of its own nbclient leaves the signals alone; it would kill the kernel and what the cell has printed.
+    # On the main thread nbclient would answer signals itself: by killing the kernel, with what the cell has printed.
     with asyncio.Runner() as runner, ThreadPoolExecutor(1) as pool:
         loop = runner.get_loop()
         done = pool.submit(runner.run, client.async_execute(env=environment))
 
-        async def tell_kernel(kill: bool) -> None:
+        async def signal_kernel(kill: bool) -> None:
             if client.km is not None and client.km.has_kernel:
                 await (client.km.shutdown_kernel(now=True) if kill else client.km.interrupt_kernel())
 
         try:
             done.result()
-        except KeyboardInterrupt as signal:
+        except KeyboardInterrupt:
             stopped = True
-            asyncio.run_coroutine_threadsafe(tell_kernel(kill=False), loop)
+            asyncio.run_coroutine_threadsafe(signal_kernel(kill=False), loop)
             try:
                 finished = wait([done], timeout=GRACE_SECONDS).done
             except KeyboardInterrupt:
                 finished = False
             if not finished:
-                asyncio.run_coroutine_threadsafe(tell_kernel(kill=True), loop)
+                asyncio.run_coroutine_threadsafe(signal_kernel(kill=True), loop)
                 wait([done])
-            raise KeyboardInterrupt(*signal.args) from None
+            raise
         except CellExecutionError as error:
             raise NotebookError(f"stopped in {section!r} by {error.ename}: {error.evalue}") from error
         except DeadKernelError as error:
@@ -215,13 +204,13 @@ def execute(notebook, environment: dict[str, str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebook", nargs="?", type=Path, default=NOTEBOOK, help="default: Session10.ipynb")
-    parser.add_argument("--new", action="store_true", help="begin a new run, even where one is unfinished")
+    parser.add_argument("--new", action="store_true", help="begin a new run, even if one is unfinished")
     parser.add_argument(
         "--publish",
         action="store_true",
         help="a full run on CIFAR-10 replaces Results/, training_logs.md and the README's tables (sets S10_PUBLISH=1)",
     )
-    parser.add_argument("--in-place", action="store_true", help="store the outputs in the notebook itself, too")
+    parser.add_argument("--in-place", action="store_true", help="also store the outputs in the notebook itself")
     args = parser.parse_args(argv)
     executed: Path | None = None
 
@@ -231,11 +220,11 @@ def main(argv: list[str] | None = None) -> int:
         notebook = read(args.notebook)
         settings = settings_from_environment()
         name = os.environ.get("S10_RUN_NAME")
-        folder, goes_on = (RUNS / name, False) if name else choose_folder(RUNS, settings, args.new)
+        folder, continues = (RUNS / name, False) if name else choose_folder(RUNS, settings, args.new)
         write_record(folder, settings, finished=False)
         say(
-            f"going on with the unfinished run in {folder} (--new begins another one)"
-            if goes_on
+            f"continuing the unfinished run in {folder} (--new begins another one)"
+            if continues
             else f"executing {args.notebook.name} in {folder}; a quick run takes 2 to 5 minutes on a 2-core CPU"
         )
         environment = {**os.environ, "S10_RUN_NAME": str(folder), "S10_PROFILE": settings["profile"]}
@@ -249,14 +238,13 @@ def main(argv: list[str] | None = None) -> int:
         write_record(folder, settings, finished=True)
         if args.in_place:
             save(notebook, args.notebook)
-        say(
-            f"done in {(time.monotonic() - began) / 60:.1f} min; the executed notebook and its results are in\n  {folder}"
-        )
+        minutes = (time.monotonic() - began) / 60
+        say(f"done in {minutes:.1f} min; the executed notebook and its results are in\n  {folder}")
 
     def kept() -> str:
         if executed is None:
             return ""
-        return f"the notebook up to there is {executed}; run it again to go on from the last epoch that was finished"
+        return f"the notebook up to there is {executed}; run it again to continue from the last finished epoch"
 
     return run_door("run_notebook.py", run, kept)
 

@@ -2,9 +2,9 @@
 
     python train.py                      quick without a GPU, full with one
     python train.py --profile full       the recipe: 50,000 images, 24 epochs
-    python train.py --resume             go on where an interrupted run stopped
+    python train.py --resume             continue where an interrupted run stopped
 
-The notebook Session10.ipynb does the same, step by step, and explains it.
+The notebook Session10.ipynb does the same step by step, with explanations.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from utils.runs import report
 from utils.runs.door import run_door
 from utils.runs.job import Job
 from utils.runs.ranks import join_ranks, leave_ranks
-from utils.runtime import say
 
 EPILOG = """\
 examples:
   python train.py                             a run that fits this machine: full with a GPU, quick without
   python train.py --profile full --seed 1     the recipe with another seed
-  python train.py --profile full --resume     go on after Ctrl-C, kill -9 or a lost machine
-  python train.py --lr-min 5e-4 --lr-max 6e-3 a cycle of your own, without a range test
+  python train.py --profile full --resume     continue after Ctrl-C, kill -9 or a lost machine
+  python train.py --lr-min 5e-4 --lr-max 6e-3 your own cycle, without a range test
   torchrun --nproc-per-node 2 train.py        on two GPUs, each with half of every batch
 
-Every epoch ends with a checkpoint in the run folder, and the one before it is kept; on a GPU, whose epochs take seconds,
-one is written every 10 seconds. Where $S10_RUN_DIR names a folder, such as one on a mounted Google Drive, each checkpoint
-is copied there too, and fetched from there on a new machine.
+Every epoch ends with a checkpoint in the run folder, and the previous one is kept; on a GPU, whose epochs take seconds,
+a checkpoint is written every 10 seconds. If $S10_RUN_DIR names a folder, for example on a mounted Google Drive, each
+checkpoint is also copied there, and fetched from there on a new machine.
 
 exit codes: 0 done, 1 failed (the message says what is kept), 2 wrong settings, 130 Ctrl-C, 143 SIGTERM
 """
@@ -54,11 +53,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=configs.PROFILES,
         default=auto,
         help="full: all images, 24 epochs (an hour or more on a 2-core CPU with bf16, a night without); "
-        f"quick: some minutes on a CPU, its accuracy means nothing (default here: {auto})",
+        f"quick: a few minutes on a CPU, but its accuracy means nothing (default here: {auto})",
     )
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint, if it holds one")
+    run.add_argument("--resume", action="store_true", help="continue from the run folder's checkpoint, if there is one")
     run.add_argument("--run-dir", type=Path, help="checkpoints and results (default: runs/PROFILE-seedN)")
     run.add_argument(
         "--publish", action="store_true", help="a full run on CIFAR-10 replaces Results/, training_logs.md and README"
@@ -68,15 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--deterministic",
         action="store_true",
-        help="bit-identical reruns on a GPU, at some cost in speed (a CPU has them anyway, at none)",
+        help="bit-identical reruns on a GPU, at some cost in speed (on a CPU they always are)",
     )
 
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", help="a folder with CIFAR-10 (default: $CIFAR10_DIR, else data/, else download)")
-    data.add_argument(
-        "--train-images", type=int, help="a class-balanced subset of so many (default: all; quick: 2,500)"
-    )
-    data.add_argument("--test-images", type=int, help="likewise of the test set (default: all; quick: 1,000)")
+    data.add_argument("--train-images", type=int, help="size of a class-balanced subset (default: all; quick: 2,500)")
+    data.add_argument("--test-images", type=int, help="the same for the test set (default: all; quick: 1,000)")
     data.add_argument(
         "--pipeline",
         choices=choices("pipeline"),
@@ -87,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, help="length of the cycle (default: 24; quick: 6)")
     recipe.add_argument("--peak-epoch", type=int, help="the LR peaks at the end of this epoch (default: 5; quick: 2)")
-    recipe.add_argument("--batch-size", type=int, help="images a step (default: 512; quick: 64)")
+    recipe.add_argument("--batch-size", type=int, help="images per step (default: 512; quick: 64)")
     recipe.add_argument("--lr-min", type=float, help="with --lr-max: skip the range test (default: found by it)")
     recipe.add_argument("--lr-max", type=float, help="with --lr-min: the LR at the peak")
     recipe.add_argument("--lr-rule", choices=choices("lr_rule"), help="how LRMIN and LRMAX are read off the range test")
@@ -95,40 +92,40 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--range-test-end", type=float, help="LR at which it ends (default: 1)")
     recipe.add_argument("--range-test-steps", type=int, help="batches of the LR range test (default: 100; quick: 80)")
     recipe.add_argument("--width", type=int, help="channels of the first layer (default: 64; 32 halves the network)")
-    recipe.add_argument("--eval-every", type=int, help="test after every so many epochs (default: 1)")
+    recipe.add_argument("--eval-every", type=int, help="epochs between two tests (default: 1)")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     machine.add_argument(
-        "--precision", choices=choices("precision"), help="default: auto, the fastest that is sound here"
+        "--precision", choices=choices("precision"), help="default: auto, the fastest that is safe on this machine"
     )
     machine.add_argument(
         "--compile",
         choices=choices("compile"),
-        help="torch.compile's mode; reduce-overhead and max-autotune use CUDA graphs (default: off; a T4 cannot compile "
-        "for its GPU, and on a CPU it gains nothing)",
+        help="torch.compile's mode; reduce-overhead and max-autotune use CUDA graphs (default: off; not supported on a "
+        "T4, and no gain on a CPU)",
     )
     machine.add_argument(
         "--packed",
         choices=choices("packed"),
-        help="small maps side by side in the convolutions (default: auto, on where a CPU has bf16 matrix units)",
+        help="small maps side by side in the convolutions (default: auto, on if the CPU has bf16 matrix units)",
     )
     machine.add_argument(
         "--threads",
         type=int,
         help="CPU threads (default: all cores). Two processes with two threads each on two cores slow each other down "
-        "ten times: give each of them --threads 1",
+        "tenfold: give each of them --threads 1",
     )
     return parser
 
 
 def choices(setting: str) -> tuple[str, ...]:
-    """What ``Config`` accepts for one of its settings."""
+    """The values that ``Config`` accepts for a setting."""
     return get_args(get_type_hints(configs.Config)[setting])
 
 
 def make_config(args: argparse.Namespace) -> configs.Config:
-    """The profile with what the command line changes.
+    """The profile with the command line's changes.
 
     Raises:
         ConfigError: a setting that cannot work.
@@ -151,12 +148,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.threads is not None:
             runtime.set_threads(args.threads)
         precision = runtime.pick_precision(config.precision, device)
-        speak = say if ranks.is_first else lambda text: None
         machine = runtime.device_name(device) + (f", {ranks.world} processes" if ranks.world > 1 else "")
-        speak(f"{config.profile} profile, seed {config.seed}, {precision.name} on {machine}")
+        ranks.say(f"{config.profile} profile, seed {config.seed}, {precision.name} on {machine}")
         dataset = ranks.first_then_others(lambda: load_dataset(args.data_dir))
         dataset = dataset.subset(config.train_images, config.test_images)
-        speak(f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images")
+        ranks.say(
+            f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images"
+        )
         if args.publish:
             report.check_publishable(config, dataset)
         run_dir = args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"
@@ -167,8 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     def kept() -> str:
         if job is None or not job.ranks.is_first:
             return ""
-        go_on = "add --resume to the same command to go on" if job.folder.holds_checkpoint else "run it again"
-        return f"{job.kept()}: {go_on}"
+        next_step = "add --resume to the same command to continue" if job.folder.holds_checkpoint else "run it again"
+        return f"{job.kept()}: {next_step}"
 
     try:
         return run_door("train.py", train, kept)
@@ -177,14 +175,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(job: Job, args: argparse.Namespace) -> None:
-    """The whole job; rank 0, or the only process, says a line on each of its steps."""
-    speak = say if job.ranks.is_first else lambda text: None
+    """The whole job, with a line printed on each of its steps."""
+    say = job.ranks.say
     if args.resume and not job.is_resumed:
-        speak(f"nothing to resume in {job.folder.path}: starting with epoch 1")
+        say(f"nothing to resume in {job.folder.path}: starting with epoch 1")
     found = job.find_range()
     if job.resumed_epochs:
-        speak(f"resuming after epoch {job.resumed_epochs} of {job.config.epochs}")
-    speak(f"one cycle: LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e} (rule {found.rule})")
+        say(f"resuming after epoch {job.resumed_epochs} of {job.config.epochs}")
+    say(f"one cycle: LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e} (rule {found.rule})")
     job.fit()
     if not job.ranks.is_first:
         return

@@ -1,12 +1,12 @@
-"""Throw what is broken at everything that reads a file, and signals at runs, until the time is up.
+"""Feed damaged files to everything that reads a file, and send signals to runs, until the time is up.
 
     python -m tests.fuzz --minutes 10
 
-Pictures, checkpoints, weights files and metrics with bytes changed, cut off, inserted or repeated: each must either give
-what was in the whole file or be refused with an error that is meant to be read. (Pictures and metrics have no checksum of
-ours: there, what can still be read may differ, and only its form is checked.) Runs are ended by SIGKILL, SIGTERM and
-Ctrl-C at random moments, up to three times, those with loader processes together with them, and must then end bit for bit
-like one that was left alone. Prints how many trials there were; every wrong one is shown, and the exit code is then 1.
+Pictures, checkpoints, weights files and metrics have bytes changed, cut off, inserted or repeated: each must either be
+read as the whole file was, or be refused with one of our errors. (Pictures and metrics hold no checksum of ours: what can
+still be read may differ there, and only its form is checked.) Runs, some of them together with their loader processes, get
+SIGKILL, SIGTERM and Ctrl-C at random moments, up to three times, and must then end bit for bit like an undisturbed run.
+Prints the number of trials and every wrong one; the exit code is 1 if there were any.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from models import CustomResNet
-from tests.small_runs import arguments, child, identical, outcome, small_checkpoint
+from tests.small_runs import RunProcess, arguments, identical, outcome, small_checkpoint
 from utils.analysis import classify_file
 from utils.dataset import load_dataset
 from utils.runs import report
@@ -47,7 +47,7 @@ ENDS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}  # the exit
 
 
 class WrongError(Exception):
-    """A trial in which something broken was taken for whole, or a run ended otherwise than it must."""
+    """A trial in which damage went unnoticed, or a run ended wrongly."""
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
@@ -73,7 +73,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 def picture(suffix: str, folder: Path) -> tuple[Path, Callable]:
-    """A picture; whatever can be decoded has probabilities that add up to 1."""
+    """A picture: if it can be decoded, its probabilities add up to 1."""
     path = folder / f"picture.{suffix}"
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -106,7 +106,7 @@ def weights(folder: Path) -> tuple[Path, Callable]:
 
 
 def metrics(folder: Path) -> tuple[Path, Callable]:
-    """JSON has no checksum, so a changed figure is not noticed; but nothing but a readable error may come of it."""
+    """JSON has no checksum, so a changed number is not noticed; any error must be one of ours."""
     report.write_metrics(folder, {"test_accuracy": 94.2, "history": {"lr": [1e-3]}, "config": {"seed": 0}})
 
     def read(path: Path) -> None:
@@ -124,11 +124,7 @@ FILES = {
 
 
 def try_file(path: Path, whole: bytes, read: Callable, draw: random.Random) -> str:
-    """One damaged file; returns what came of it.
-
-    Raises:
-        WrongError: something else than what is in the whole file was read without a word.
-    """
+    """Read one damaged file; returns what happened, or raises WrongError if the damage went unnoticed."""
     path.write_bytes(whole)
     expected = read(path)
     path.write_bytes(damaged(whole, draw))
@@ -137,7 +133,7 @@ def try_file(path: Path, whole: bytes, read: Callable, draw: random.Random) -> s
     except (Session10Error, OSError):
         return "refused"
     if not identical(found, expected):
-        raise WrongError("a damaged file was read as if it were whole")
+        raise WrongError("a damaged file was read as a whole one")
     return "read" if expected is None else "as before"
 
 
@@ -145,33 +141,31 @@ def try_file(path: Path, whole: bytes, read: Callable, draw: random.Random) -> s
 
 
 def try_run(folder: Path, flags: tuple[str, ...], dataset, expected: dict, seconds: float, draw: random.Random) -> str:
-    """A run that is interrupted up to three times, with ``flags`` for loader processes together with these.
+    """Interrupt a run up to three times; if ``flags`` give it loader processes, these get the signals too.
 
     Raises:
-        WrongError: it cannot go on, says something unreadable, or ends elsewhere than one that was left alone.
+        WrongError: it cannot be resumed, prints a traceback, or ends with other bits than an undisturbed run.
     """
     run_dir, log = folder / "run", folder / "log"
     shutil.rmtree(run_dir, ignore_errors=True)
     signals = draw.choices(list(ENDS), k=draw.randint(1, 3))
     for number in signals:
         log.write_bytes(b"")
-        process = child(arguments(run_dir, *flags, "--resume"), dataset, log=log)
-        while (
-            process.is_alive and not log.stat().st_size
-        ):  # until its first line a signal ends it as it ends any process
+        process = RunProcess(arguments(run_dir, *flags, "--resume"), dataset, log=log)
+        while process.is_alive and not log.stat().st_size:  # before its first line it has no signal handlers yet
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 1.2 * seconds))
-        with contextlib.suppress(ProcessLookupError):  # it was over before
+        with contextlib.suppress(ProcessLookupError):  # it had already ended
             (os.killpg if flags else os.kill)(process.pid, number)
         code, said = process.wait(), log.read_text(encoding="utf-8")
-        is_over = code == -number and "done: " in said  # on its way out, with everything written
+        is_over = code == -number and "done: " in said  # killed while exiting, with everything written
         if code not in (0, ENDS[number]) and not is_over:
             raise WrongError(f"exit code {code} after {number!r}:\n{said[-2000:]}")
         if "Traceback" in said and "done: " not in said:
             raise WrongError(f"a traceback after {number!r}:\n{said[-2000:]}")
     log.write_bytes(b"")
-    if child(arguments(run_dir, *flags, "--resume"), dataset, log=log).wait() != 0:
-        raise WrongError(f"cannot go on after {signals}:\n{log.read_text(encoding='utf-8')[-2000:]}")
+    if RunProcess(arguments(run_dir, *flags, "--resume"), dataset, log=log).wait() != 0:
+        raise WrongError(f"cannot be resumed after {signals}:\n{log.read_text(encoding='utf-8')[-2000:]}")
     if not identical(outcome(run_dir), expected):
         raise WrongError(f"other bits after {signals}")
     return "bit-identical"
@@ -181,7 +175,7 @@ def try_run(folder: Path, flags: tuple[str, ...], dataset, expected: dict, secon
 
 
 def fuzz(seconds: float, seed: int = 0, kinds: tuple[str, ...] = (*FILES, *RUNS), say: Callable = print) -> int:
-    """Try everything in ``kinds`` in turn for so long; returns how many trials went wrong."""
+    """Try ``kinds`` in turn for ``seconds``; returns how many trials went wrong."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
     counts: dict[str, collections.Counter] = {kind: collections.Counter() for kind in kinds}
@@ -196,7 +190,7 @@ def fuzz(seconds: float, seed: int = 0, kinds: tuple[str, ...] = (*FILES, *RUNS)
                 for _ in range(2):  # the first one also imports
                     shutil.rmtree(folder / "whole", ignore_errors=True)
                     began = time.monotonic()
-                    child(arguments(folder / "whole", *RUNS[kind]), dataset).wait()
+                    RunProcess(arguments(folder / "whole", *RUNS[kind]), dataset).wait()
                 took = time.monotonic() - began
                 trials[kind] = partial(try_run, folder, RUNS[kind], dataset, outcome(folder / "whole"), took)
             else:

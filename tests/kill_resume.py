@@ -4,8 +4,8 @@
 
 Half of them are killed at a random moment, from the start of the LR range test to the last file of the results; the
 other half while a checkpoint is being written. Each is then resumed and must end with the same weights, optimizer state,
-LR schedule, weight average, random generators and history (but for wall times) as the run that was left alone. Exits
-with 1 if any differs.
+LR schedule, weight average, random generators and history (except wall times) as the undisturbed run. The exit code is 1
+if any differs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = (
 
 
 def kill_in_save(process: RunProcess, run_dir: Path, number: int) -> None:
-    """Kill it while it writes its ``number``th checkpoint, as soon as the temporary file is there."""
+    """Kill it while it writes its ``number``th checkpoint, as soon as the temporary file exists."""
     seen, was_there = 0, False
     while process.is_alive and seen < number:
         is_there = any(run_dir.glob(".checkpoint.pt.*.s10part"))
@@ -48,13 +48,9 @@ def kill_after(process: RunProcess, seconds: float) -> None:
 
 
 def finish(run_dir: Path, dataset: ImageDataset) -> dict:
-    """Resume to the end.
-
-    Raises:
-        SystemExit: the run failed; its output follows.
-    """
+    """Resume to the end and return the outcome; SystemExit with the run's output if it fails."""
     log = run_dir.with_suffix(".log")
-    if RunProcess([*FLAGS, "--run-dir", str(run_dir), "--resume"], dataset, log=log).wait() != 0:
+    if RunProcess([*FLAGS, "--run-dir", str(run_dir), "--resume"], dataset, log=log, tiny=False).wait() != 0:
         raise SystemExit(f"kill_resume: a run failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
     return outcome(run_dir)
 
@@ -74,7 +70,7 @@ def main() -> int:
         run_dir = Path(scratch) / "run"
         while done < args.runs:
             shutil.rmtree(run_dir, ignore_errors=True)
-            process = RunProcess([*FLAGS, "--run-dir", str(run_dir)], dataset)
+            process = RunProcess([*FLAGS, "--run-dir", str(run_dir)], dataset, tiny=False)
             if done % 2:
                 kill_in_save(process, run_dir, moments.randint(1, EPOCHS + 1))
             else:

@@ -1,8 +1,7 @@
-"""Runs of train.py that take a moment: a tiny network on a few images, in this process or in one that may be killed."""
+"""Very short runs of train.py: a tiny network on a few images, in this process or in one that may be killed."""
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from utils.runs.folder import NEWEST, PREVIOUS, RunFolder
 from utils.runs.weights import WEIGHTS_NAME
 
 EPOCHS = 4
-STEPS = 4  # an epoch
+STEPS = 4  # per epoch
 KILLED = -signal.SIGKILL
 GIVEN_LRS = ("--lr-min", "1e-3", "--lr-max", "1e-2")
 
@@ -60,7 +59,7 @@ def arguments(run_dir: Path, *more: str) -> list[str]:
 
 
 def shrink(dataset: ImageDataset, replace: Callable = setattr) -> None:
-    """Let runs use ``TinyNet``, train.py use ``dataset``, and draw no figures."""
+    """Make runs use ``TinyNet`` and draw no figures, and train.py use ``dataset``."""
     replace(engine, "build_model", lambda config, num_classes, images=None: TinyNet(num_classes))
     replace(train, "load_dataset", lambda root: dataset)
     replace(figures, "draw_all", lambda inputs: {})
@@ -75,14 +74,14 @@ def epochs_kept(run_dir: Path) -> int:
 
 
 def outcome(run_dir: Path) -> dict:
-    """All that a finished run leaves and that must not depend on where it was stopped: everything but wall times."""
+    """Everything a finished run leaves except wall times: it must not depend on where the run was stopped."""
     state = decode(run_dir / NEWEST).state
     del state["history"]["seconds"]
     return {**state, "weights": (run_dir / WEIGHTS_NAME).read_bytes()}
 
 
 def identical(a: object, b: object) -> bool:
-    """Bit for bit, tensors and containers alike."""
+    """True if bit for bit equal: tensors, plain values and containers of them."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -93,36 +92,38 @@ def identical(a: object, b: object) -> bool:
 
 
 def small_checkpoint(epochs: int, run_id: str = "this-run") -> Checkpoint:
-    """A checkpoint of no network, for what a folder does with it."""
+    """A checkpoint without a network."""
     record = {"run_id": run_id, "lr_range": {"lr_max": 0.0125}}
     return Checkpoint(run_id, epochs, record, {"weights": torch.full((50,), float(epochs))})
 
 
-# --- a process of its own -------------------------------------------------------------------------------------------
+# --- in another process ---------------------------------------------------------------------------------------------
 
 
 class RunProcess:
-    """``train.main(argv)`` on ``dataset`` in a process of its own, which leads a process group.
+    """``train.main(argv)`` on ``dataset`` in another process, which leads its own process group.
 
-    Forked from a server that has imported everything and computed nothing: it starts in no time.
+    It is forked from a server that has imported everything and computed nothing, so it starts at once.
 
     Args:
         argv: train.py's command line.
         dataset: what its ``load_dataset`` returns; small, since it is sent to the process.
-        prepare: called there first.
-        log: where its output goes; None: nowhere.
+        sabotage: called there first.
+        log: where its output goes.
+        tiny: False for the full network.
     """
 
     def __init__(
         self,
         argv: list[str],
         dataset: ImageDataset,
-        prepare: Callable[[], None] | None = None,
+        sabotage: Callable[[], None] | None = None,
         log: str | os.PathLike = os.devnull,
+        tiny: bool = True,
     ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([train.__name__, __name__])
-        self._process = context.Process(target=_train, args=(argv, dataset, prepare, log))
+        self._process = context.Process(target=_train, args=(argv, dataset, sabotage, log, tiny))
         self._process.start()
 
     @property
@@ -134,16 +135,16 @@ class RunProcess:
         return self._process.pid
 
     def send(self, number: int) -> None:
-        """A signal to the process; SIGKILL leaves nothing in it to run."""
+        """Send a signal to the process."""
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """The exit code; minus the signal's number when a signal ended it."""
+        """The exit code; minus the signal's number if a signal ended it."""
         self._process.join()
         return self._process.exitcode
 
 
-def _train(argv: list[str], dataset: ImageDataset, prepare: Callable[[], None] | None, log: str) -> None:
+def _train(argv: list[str], dataset: ImageDataset, sabotage: Callable[[], None] | None, log: str, tiny: bool) -> None:
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream, number in (("stdout", 1), ("stderr", 2)):
@@ -152,22 +153,11 @@ def _train(argv: list[str], dataset: ImageDataset, prepare: Callable[[], None] |
     multiprocessing.set_start_method(None, force=True)  # loader processes start as they do in any other process
     signal.signal(signal.SIGINT, signal.default_int_handler)
     train.load_dataset = lambda root: dataset
-    if prepare is not None:
-        prepare()
-    sys.exit(train.main(argv))
-
-
-def child(
-    argv: list[str], dataset: ImageDataset, sabotage: Callable[[], None] | None = None, log: str = os.devnull
-) -> RunProcess:
-    """A ``RunProcess``, shrunk; ``sabotage()`` is called in it first."""
-    return RunProcess(argv, dataset, functools.partial(_shrink_and, dataset, sabotage), log)
-
-
-def _shrink_and(dataset: ImageDataset, sabotage: Callable[[], None] | None) -> None:
-    shrink(dataset)
+    if tiny:
+        shrink(dataset)
     if sabotage is not None:
         sabotage()
+    sys.exit(train.main(argv))
 
 
 # --- sabotage ---------------------------------------------------------------------------------------------------------
@@ -178,7 +168,7 @@ def die() -> None:
 
 
 def at_step(number: int, action: Callable[[], None], replace: Callable = setattr) -> None:
-    """Call ``action`` when ``number`` batches, of training and testing together, have been counted."""
+    """Call ``action`` after ``number`` batches, counting those of training and testing."""
     update = engine.RunningMetrics.update
     count = 0
 

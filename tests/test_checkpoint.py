@@ -1,4 +1,4 @@
-"""Resume is exact after a kill at any moment; foreign files are refused; nothing is unpickled."""
+"""Resuming is exact after a kill at any moment; files of other runs are refused; nothing is unpickled."""
 
 import hashlib
 import os
@@ -12,9 +12,9 @@ from tests.small_runs import (
     EPOCHS,
     KILLED,
     STEPS,
+    RunProcess,
     arguments,
     at_step,
-    child,
     die,
     identical,
     in_save,
@@ -34,7 +34,7 @@ from utils.runs.job import Job, run_job
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory, toy):
     run_dir = tmp_path_factory.mktemp("runs") / "never-killed"
-    assert child(arguments(run_dir), toy).wait() == 0
+    assert RunProcess(arguments(run_dir), toy).wait() == 0
     return outcome(run_dir)
 
 
@@ -49,10 +49,10 @@ def test_resuming_after_any_epoch_ends_as_if_never_stopped(tmp_path, toy, monkey
     monkeypatch.setattr(RunFolder, "save", keep)
     config, dataset = tiny_config(lr_min=None, lr_max=None, range_test_end=10.0), toy.subset(40, 20)
     run_job(config, dataset, tmp_path / "whole", device=torch.device("cpu"))
-    for epochs, content in enumerate(saved[: EPOCHS + 1]):  # from the one that the range test leaves on
+    for epochs, content in enumerate(saved[: EPOCHS + 1]):  # the first is from right after the range test
         (tmp_path / f"after-{epochs}").mkdir()
         (tmp_path / f"after-{epochs}" / NEWEST).write_bytes(content)
-        torch.rand(epochs)  # the generators stand elsewhere in a fresh process
+        torch.rand(epochs)  # a new process has other generator states
         metrics = run_job(config, dataset, tmp_path / f"after-{epochs}", device=torch.device("cpu"))
         assert identical(outcome(tmp_path / f"after-{epochs}"), outcome(tmp_path / "whole"))
         assert metrics["lr_max"] == decode(tmp_path / "whole" / NEWEST).record["lr_range"]["lr_max"]
@@ -68,44 +68,39 @@ KILLS = {
     "between the renames": partial(in_save, 3, "between-renames"),
     "while writing the last checkpoint": partial(in_save, EPOCHS + 1, "half-written"),
 }
+AGAIN_AND_AGAIN = ("half-way through the first checkpoint", "in epoch 1", "in epoch 3", "before the renames")
 
 
-@pytest.mark.parametrize("moment", KILLS)
-def test_a_killed_process_resumes_to_the_same_bits(moment, tmp_path, toy, never_killed):
-    run_dir = tmp_path / "run"
-    assert child(arguments(run_dir), toy, KILLS[moment]).wait() == KILLED
-    assert child(arguments(run_dir, "--resume"), toy).wait() == 0
-    assert identical(outcome(run_dir), never_killed)
-    assert not list(run_dir.glob(".*.s10part"))
-
-
-def test_killed_again_and_again_the_run_still_ends_in_the_same_bits(tmp_path, toy, never_killed):
-    run_dir = tmp_path / "run"
-    for moment in ("half-way through the first checkpoint", "in epoch 1", "in epoch 3", "before the renames"):
-        assert child(arguments(run_dir, "--resume"), toy, KILLS[moment]).wait() == KILLED
-    assert child(arguments(run_dir, "--resume"), toy).wait() == 0
-    assert identical(outcome(run_dir), never_killed)
+@pytest.mark.parametrize("moments", [*((moment,) for moment in KILLS), AGAIN_AND_AGAIN], ids=", ".join)
+def test_a_killed_process_resumes_to_the_same_bits(moments, tmp_path, toy, never_killed):
+    argv = arguments(tmp_path / "run", "--resume")
+    for moment in moments:
+        assert RunProcess(argv, toy, KILLS[moment]).wait() == KILLED
+    assert RunProcess(argv, toy).wait() == 0
+    assert identical(outcome(tmp_path / "run"), never_killed)
+    assert not list((tmp_path / "run").glob(".*.s10part"))
 
 
 def test_a_kill_amid_loader_processes_frees_the_folder_and_resumes_to_the_same_bits(tmp_path, toy):
     flags = ("--pipeline", "albumentations", "--num-workers", "1")
-    assert child(arguments(tmp_path / "left-alone", *flags), toy).wait() == 0
-    assert child(arguments(tmp_path / "run", *flags), toy, KILLS["in epoch 3"]).wait() == KILLED
-    assert child(arguments(tmp_path / "run", "--resume", *flags), toy).wait() == 0  # at once: orphans hold no lock
+    assert RunProcess(arguments(tmp_path / "left-alone", *flags), toy).wait() == 0
+    assert RunProcess(arguments(tmp_path / "run", *flags), toy, KILLS["in epoch 3"]).wait() == KILLED
+    # At once: orphans must not keep the lock.
+    assert RunProcess(arguments(tmp_path / "run", "--resume", *flags), toy).wait() == 0
     assert identical(outcome(tmp_path / "run"), outcome(tmp_path / "left-alone"))
 
 
 def test_another_seed_ends_elsewhere(tmp_path, toy, never_killed):
-    assert child(arguments(tmp_path / "run", "--seed", "1"), toy).wait() == 0
+    assert RunProcess(arguments(tmp_path / "run", "--seed", "1"), toy).wait() == 0
     assert not identical(outcome(tmp_path / "run")["model"], never_killed["model"])
 
 
-# --- what belongs to another run, or to nobody ------------------------------------------------------------------------
+# --- files of other runs, or of none ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def job(tmp_path, toy, monkeypatch):
-    """``job(dataset, **changes)`` on one folder, whose first run stopped after the range test."""
+    """``job(dataset, **changes)`` in a folder whose run stopped after the range test."""
     shrink(toy, monkeypatch.setattr)
 
     def job(dataset=toy, **changes) -> Job:
@@ -117,7 +112,7 @@ def job(tmp_path, toy, monkeypatch):
 
 
 def refused(job: Job) -> str:
-    """The message with which it does not start, or does not go on."""
+    """The message with which the job refuses to start or to continue."""
     before = job.folder.checkpoint.read_bytes()
     with pytest.raises(CheckpointError) as caught, job:
         job.find_range()
@@ -127,7 +122,7 @@ def refused(job: Job) -> str:
     return str(caught.value)
 
 
-def test_another_config_other_images_and_another_network_are_refused_with_what_differs(job, toy, monkeypatch):
+def test_another_config_other_images_or_another_network_is_refused_with_what_differs(job, toy, monkeypatch):
     found = refused(job(batch_size=30, seed=5))
     assert "belongs to another run: batch_size 10 there, 30 here; seed 0 there, 5 here. Choose another" in found
     assert "other images" in refused(job(toy.subset(40)))
@@ -139,7 +134,7 @@ def test_another_config_other_images_and_another_network_are_refused_with_what_d
     "part", ["record", "record.config", "record.lr_range", "state.model", "state.rng", "state.history"]
 )
 @pytest.mark.parametrize("what", ["missing", "[]"])
-def test_a_whole_file_with_a_part_missing_or_of_another_kind_is_refused_with_a_message(job, part, what):
+def test_a_file_with_a_part_missing_or_of_another_type_is_refused(job, part, what):
     path = job().folder.checkpoint
     content = vars(decode(path))
     *outer, name = part.split(".")
@@ -152,7 +147,7 @@ def test_a_whole_file_with_a_part_missing_or_of_another_kind_is_refused_with_a_m
     assert any(words in refused(job()) for words in ("another version of this project", "not a Session 10 checkpoint"))
 
 
-def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(job):
+def test_a_setting_newer_than_the_checkpoint_had_its_default(job):
     path = job().folder.checkpoint
     content = vars(decode(path))
     del content["record"]["config"]["cycle_beta1"]
@@ -171,10 +166,10 @@ def _wrap(path, payload: bytes, run_id: str = "run", epochs: int = 0) -> None:
     path.write_bytes(MAGIC + f" {FORMAT} {hashlib.sha256(payload).hexdigest()} {run_id} {epochs}\n".encode() + payload)
 
 
-def test_a_first_line_of_another_checkpoint_is_noticed(tmp_path):
+def test_a_first_line_from_another_checkpoint_is_noticed(tmp_path):
     path = tmp_path / NEWEST
     path.write_bytes(small_checkpoint(2).encode().replace(b" 2\n", b" 9\n", 1))
-    with pytest.raises(CheckpointError, match="damaged: its first line is of another checkpoint"):
+    with pytest.raises(CheckpointError, match="damaged: its first line belongs to another checkpoint"):
         decode(path)
 
 

@@ -1,4 +1,4 @@
-"""Each fault, brought about for real: one clear message, and what was computed before it is still there."""
+"""Each fault, caused for real: one clear message, and everything computed before it is kept."""
 
 import contextlib
 import multiprocessing
@@ -20,11 +20,11 @@ from tests.small_runs import (
     EPOCHS,
     KILLED,
     STEPS,
+    RunProcess,
     TinyNet,
     after_save,
     arguments,
     at_step,
-    child,
     epochs_kept,
     identical,
     outcome,
@@ -38,7 +38,7 @@ from utils.runs.machine import CompileError, LoaderError, OutOfMemoryError, expl
 from utils.runs.weights import WEIGHTS_NAME
 from utils.runtime import PROJECT_ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are made with POSIX means")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are caused by POSIX means")
 LOADER = ("--pipeline", "albumentations", "--num-workers", "1")
 
 
@@ -61,7 +61,7 @@ def run(toy, monkeypatch, capsys):
 
 @pytest.fixture
 def one_message(run):
-    """Run into a fault: exit code 1 and exactly one message, which is returned."""
+    """``one_message(argv)``: the only message of a run that fails with exit code 1."""
 
     def one_message(argv):
         code, messages, _ = run(argv)
@@ -74,69 +74,69 @@ def one_message(run):
 
 @pytest.fixture(scope="module")
 def expected(toy, tmp_path_factory):
-    """The outcome of a run to which nothing happened."""
+    """The outcome of an undisturbed run."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert child(arguments(run_dir), toy).wait() == 0
+    assert RunProcess(arguments(run_dir), toy).wait() == 0
     return outcome(run_dir)
-
-
-@contextlib.contextmanager
-def mounted(folder, options: str):
-    """A tmpfs at ``folder``; skips where this user may not mount."""
-    folder.mkdir(exist_ok=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"needs the right to mount a small file system: {made.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_resumes_once_there_is_room(
-    tmp_path, run, one_message, monkeypatch, expected
-):
-    disk = tmp_path / "disk"
-    with mounted(disk, "size=2m"):
+@contextlib.contextmanager
+def full_disk(disk):
+    """A disk; yields what fills it, and what makes room again."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]).returncode:
+        pytest.skip("needs the right to mount a small file system")
 
-        def fill(folder):
-            with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+    def fill(folder):
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
 
-        with monkeypatch.context() as patch:
-            after_save(3, fill, patch.setattr)
-            message = one_message(arguments(disk / "run"))
-        assert "checkpoint.pt could not be written (No space left on device)" in message
-        assert "the checkpoint of epoch 2 is still there" in message
-        assert "MB there and resume" in message
-        assert (decode(disk / "run" / NEWEST).epochs, decode(disk / "run" / PREVIOUS).epochs) == (2, 1)
-        assert not list((disk / "run").glob(".*.s10part"))
-
-        (disk / "filler").unlink()
-        assert run(arguments(disk / "run", "--resume"))[0] == 0
-        assert identical(outcome(disk / "run"), expected)
+    try:
+        yield fill, lambda: (disk / "filler").unlink()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_limit_on_file_size_keeps_the_checkpoint_before(tmp_path, one_message, monkeypatch):
+@contextlib.contextmanager
+def limited_file_size(disk):
+    """Yields what limits files to half of a checkpoint, and what lifts the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lift = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
 
     def limit(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (folder.checkpoint.stat().st_size // 2, hard))
 
-    after_save(2, limit, monkeypatch.setattr)
     try:
-        message = one_message(arguments(tmp_path / "run"))
+        yield limit, lift
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "could not be written (File too large); the checkpoint of epoch 1 is still there" in message
-    assert epochs_kept(tmp_path / "run") == 1
+        lift()
 
 
-def test_results_that_cannot_be_written_are_made_by_resuming(tmp_path, run, one_message, expected):
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(full_disk, "No space left on device"), (limited_file_size, "File too large")]
+)
+def test_without_room_the_checkpoints_before_are_kept_and_with_room_again_it_resumes(
+    fault, reason, tmp_path, run, one_message, monkeypatch, expected
+):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with fault(run_dir) as (take_room, give_back):
+        with monkeypatch.context() as patch:
+            after_save(3, take_room, patch.setattr)
+            message = one_message(arguments(run_dir))
+        give_back()
+        kept = "the checkpoint of epoch 2 is still there. To continue, free "
+        assert f"could not be written ({reason}); {kept}" in message
+        assert (decode(run_dir / NEWEST).epochs, decode(run_dir / PREVIOUS).epochs) == (2, 1)
+        assert not list(run_dir.glob(".*.s10part"))
+        assert run(arguments(run_dir, "--resume"))[0] == 0
+        assert identical(outcome(run_dir), expected)
+
+
+def test_results_that_could_not_be_written_are_written_by_resuming(tmp_path, run, one_message, expected):
     run_dir = tmp_path / "run"
     (run_dir / WEIGHTS_NAME).mkdir(parents=True)
     message = one_message(arguments(run_dir))
@@ -152,7 +152,7 @@ def test_results_that_cannot_be_written_are_made_by_resuming(tmp_path, run, one_
     assert identical(outcome(run_dir), expected)
 
 
-def test_a_figure_that_cannot_be_written_is_a_warning_and_all_else_is_there(tmp_path, run, monkeypatch):
+def test_a_figure_that_cannot_be_written_is_only_a_warning(tmp_path, run, monkeypatch):
     (tmp_path / "run" / "mis.png").mkdir(parents=True)
     monkeypatch.setattr(figures, "draw_all", lambda inputs: {"mis.png": Figure(), "test.png": Figure()})
     code, messages, _ = run(arguments(tmp_path / "run"))
@@ -169,37 +169,13 @@ def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path, one_message):
     assert "cannot be used as a run folder (File exists): choose another one" in message
 
 
-def test_a_run_folder_deleted_in_mid_run_is_made_anew_and_the_run_goes_on(tmp_path, run, monkeypatch, expected):
-    run_dir = tmp_path / "run"
-    after_save(3, lambda folder: shutil.rmtree(folder.path), monkeypatch.setattr)
-    code, messages, _ = run(arguments(run_dir))
-    assert code == 0
-    assert len(messages) == 1
-    assert "was deleted while the run was going: it is made anew, with the checkpoint after epoch 3" in messages[0]
-    assert identical(outcome(run_dir), expected)
-
-
-def test_a_deleted_run_folder_that_cannot_be_made_anew_ends_the_run(tmp_path, one_message, monkeypatch):
+def test_a_deleted_run_folder_that_cannot_be_created_again_ends_the_run(tmp_path, one_message, monkeypatch):
     def replace_by_file(folder):
         shutil.rmtree(folder.path.parent)
         folder.path.parent.write_text("a file", encoding="utf-8")
 
     after_save(2, replace_by_file, monkeypatch.setattr)
     assert "cannot be used as a run folder" in one_message(arguments(tmp_path / "runs" / "run"))
-
-
-def test_a_torn_newest_checkpoint_is_reported_and_the_run_still_ends_in_the_same_bits(tmp_path, run, expected):
-    run_dir = tmp_path / "run"
-    assert run(arguments(run_dir))[0] == 0
-    content = (run_dir / NEWEST).read_bytes()
-    (run_dir / NEWEST).write_bytes(content[: len(content) // 2])
-    code, messages, out = run(arguments(run_dir, "--resume"))
-    assert code == 0
-    assert len(messages) == 1
-    assert messages[0].startswith("train.py: warning: ")
-    assert f"going on from {PREVIOUS}, which holds {EPOCHS - 1} epochs" in messages[0]
-    assert f"resuming after epoch {EPOCHS - 1} of {EPOCHS}" in out
-    assert identical(outcome(run_dir), expected)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -220,7 +196,7 @@ def _full(number: int) -> None:
 
 def _closed(number: int) -> None:
     os.close(number)
-    setattr(sys, STREAMS[number], None)  # as Python itself does when it starts without one
+    setattr(sys, STREAMS[number], None)  # as Python itself does if it starts without one
 
 
 def _ascii(number: int) -> None:
@@ -232,7 +208,7 @@ def _ascii(number: int) -> None:
 def test_outputs_that_nobody_can_read_end_no_run(tmp_path, toy, expected, break_stream):
     run_dir = tmp_path / "Läufe" / "run"
 
-    assert child(arguments(run_dir), toy, partial(_on_both, break_stream)).wait() == 0
+    assert RunProcess(arguments(run_dir), toy, partial(_on_both, break_stream)).wait() == 0
     assert identical(outcome(run_dir), expected)
 
 
@@ -243,14 +219,6 @@ def _on_both(break_stream) -> None:
 
 
 # --- the computation --------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_epoch_and_lr(tmp_path, one_message):
-    message = one_message(arguments(tmp_path / "run", "--lr-max", "1e38"))
-    assert f"epoch 1/{EPOCHS}: the loss is not finite at step" in message
-    assert "lower lr_max" in message
-    assert "no epoch was finished yet" in message
-    assert epochs_kept(tmp_path / "run") == 0
 
 
 def _poison(folder):
@@ -278,9 +246,9 @@ def _kill_a_loader(folder):
         (_kill_a_loader, "a loader process died"),
     ],
 )
-def test_a_fault_in_mid_run_is_one_message_and_keeps_the_epochs_before(tmp_path, toy, fault, words):
+def test_a_fault_during_a_run_is_one_message_and_keeps_the_epochs_before(tmp_path, toy, fault, words):
     log, argv = tmp_path / "log", arguments(tmp_path / "run", *(LOADER if fault is _kill_a_loader else ()))
-    assert child(argv, toy, partial(after_save, 2, fault), log).wait() == 1
+    assert RunProcess(argv, toy, partial(after_save, 2, fault), log).wait() == 1
     lines = log.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("train.py:")] == [lines[-1]]
     assert words in lines[-1]
@@ -309,7 +277,7 @@ def test_a_fault_in_mid_run_is_one_message_and_keeps_the_epochs_before(tmp_path,
         (RuntimeError("shapes do not match"), RuntimeError, "^shapes do not match$"),
     ],
 )
-def test_every_way_in_which_a_machine_fails_is_understood_and_said_in_one_line(error, kind, words):
+def test_every_kind_of_machine_failure_is_explained_in_one_line(error, kind, words):
     with pytest.raises(kind, match=words) as caught, explain_failures(512):
         raise error
     assert "\n" not in str(caught.value)
@@ -325,7 +293,7 @@ def test_an_interrupt_ends_the_run_at_once_with_the_last_epoch_kept(tmp_path, to
     run_dir, log = tmp_path / "run", tmp_path / "log"
     group = to == "its loaders too"
     flags = LOADER if group else ()
-    process = child(arguments(run_dir, *flags), toy, partial(at_step, 2 * (STEPS + 1) + 2, signal.pause), log)
+    process = RunProcess(arguments(run_dir, *flags), toy, partial(at_step, 2 * (STEPS + 1) + 2, signal.pause), log)
     while not (run_dir / NEWEST).exists() or epochs_kept(run_dir) < 2:
         assert process.is_alive
         time.sleep(0.02)
@@ -334,12 +302,12 @@ def test_an_interrupt_ends_the_run_at_once_with_the_last_epoch_kept(tmp_path, to
     assert process.wait() == code
     lines = log.read_text(encoding="utf-8").splitlines()
     assert lines[-1] == (
-        f"train.py: interrupted; 2 of {EPOCHS} epochs are kept in {run_dir}: add --resume to the same command to go on"
+        f"train.py: interrupted; 2 of {EPOCHS} epochs are kept in {run_dir}: add --resume to the same command to continue"
     )
     assert not any("Traceback" in line or "done" in line for line in lines)
     assert epochs_kept(run_dir) == 2
     if not group:
-        assert child(arguments(run_dir, "--resume"), toy).wait() == 0
+        assert RunProcess(arguments(run_dir, "--resume"), toy).wait() == 0
         assert identical(outcome(run_dir), expected)
 
 
@@ -364,7 +332,7 @@ assert os.waitstatus_to_exitcode(status) == 143
 @pytest.mark.parametrize(
     ("work", "code", "words"),
     [(DROPPED, 130, "work: interrupted; all that was there\n"), (IN_A_NEW_LOADER, 0, "")],
-    ids=["Python dropped it", "a loader process had just begun"],
+    ids=["Python dropped it", "a loader process had just started"],
 )
 def test_an_interrupt_is_answered_once_by_the_run_itself(work, code, words):
     program = (
@@ -378,12 +346,12 @@ def test_an_interrupt_is_answered_once_by_the_run_itself(work, code, words):
 
 def test_a_loader_process_ends_with_a_run_that_died_while_starting_it(tmp_path, toy):
     log = tmp_path / "log"
-    process = child(arguments(tmp_path / "run", *LOADER), toy, _die_once_a_loader_waits, log)
-    assert process.wait() == KILLED  # returns only when nobody holds the process's pipes any more
+    process = RunProcess(arguments(tmp_path / "run", *LOADER), toy, _die_once_a_loader_waits, log)
+    assert process.wait() == KILLED  # returns once no process holds its pipes any more
 
 
 def _die_once_a_loader_waits():
-    """The loader process begins its work only after its parent is gone."""
+    """The loader process starts work only after its parent is gone."""
     prepare = loaders._prepare_worker
 
     def late(worker_id):
@@ -397,7 +365,7 @@ def _die_once_a_loader_waits():
 
 
 def test_an_interrupt_in_the_first_epoch_says_that_the_range_test_is_kept(tmp_path, run, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
     try:
         at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch.setattr)
         code, messages, _ = run(arguments(tmp_path / "run"))

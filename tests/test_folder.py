@@ -1,6 +1,5 @@
-"""The run's folder: one process at a time, at any moment one whole checkpoint, and a copy on a drive that may fail."""
+"""The run's folder: one process at a time, always a whole checkpoint, and a copy on a drive that may fail."""
 
-import errno
 import os
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.small_runs import KILLED, arguments, at_step, child, identical, small_checkpoint
+from tests.small_runs import KILLED, RunProcess, arguments, at_step, identical, small_checkpoint
 from utils.runs import folder as folders
 from utils.runs.checkpoint import MAGIC, CheckpointError, decode
 from utils.runs.folder import NEWEST, PREVIOUS, RunFolder, RunLockedError, mirror_from_environment
@@ -33,7 +32,7 @@ def saved(tmp_path):
 
 
 def damaged_versions(content: bytes, count: int):
-    """Every second one cut off, every other one with a byte changed, at ``count`` places spread over the file."""
+    """``content`` damaged at ``count`` places spread over the file: cut off and with one bit flipped in turn."""
     places = np.unique(np.linspace(0, len(content) - 1, count).astype(int))
     for number, place in enumerate(places):
         if number % 2:
@@ -48,22 +47,22 @@ def test_damage_anywhere_in_the_newest_checkpoint_falls_back_to_the_one_before(s
     header = content.index(b"\n") + 1
     for place, damaged in [*damaged_versions(content[:header], header), *damaged_versions(content, 220)]:
         saved.checkpoint.write_bytes(damaged)
-        if damaged.startswith(MAGIC + b" 6 "):  # by chance a later version's, and so refused: see below
+        if damaged.startswith(MAGIC + b" 6 "):  # the flip made it a later version's, which is refused: see below
             continue
         assert identical(vars(saved.load()), vars(small_checkpoint(1))), f"wrong content, damaged at byte {place}"
 
 
 def test_a_damaged_checkpoint_is_reported_and_never_replaces_the_good_one(saved):
     saved.checkpoint.write_bytes(saved.checkpoint.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=rf"{NEWEST} is damaged: .*; going on from {PREVIOUS}, which holds 1 epochs"):
+    with pytest.warns(UserWarning, match=rf"{NEWEST} is damaged: .*; continuing from {PREVIOUS}, which holds 1 epochs"):
         assert saved.load().epochs == 1
     saved.save(small_checkpoint(2))
     assert (decode(saved.checkpoint).epochs, decode(saved.previous).epochs) == (2, 1)
-    saved.save(small_checkpoint(3))  # from here on as ever: the one before is kept
+    saved.save(small_checkpoint(3))  # as always: the previous one is kept
     assert decode(saved.previous).epochs == 2
 
 
-def test_when_both_are_damaged_the_message_names_both_and_the_way_out(saved):
+def test_if_both_are_damaged_the_message_names_both_and_the_way_out(saved):
     for path in (saved.checkpoint, saved.previous):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt.*checkpoint\.previous\.pt.*delete .*start again"):
@@ -79,28 +78,12 @@ def test_a_crash_between_the_renames_leaves_the_previous_checkpoint_in_use(saved
 def test_a_later_formats_checkpoint_is_refused_and_kept(saved):
     content = saved.checkpoint.read_bytes().replace(MAGIC + b" 2 ", MAGIC + b" 3 ", 1)
     saved.checkpoint.write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=r"written by a later version of this project \(format 3, this one reads 2"
-    ):
+    with pytest.raises(CheckpointError, match=r"a later version of this project \(format 3; this version reads 2\)"):
         saved.load()
     assert saved.checkpoint.read_bytes() == content
 
 
-def test_a_failing_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fails(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new", keep=tmp_path / "kept")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
-
-
-def test_what_killed_processes_left_half_written_is_removed_and_nothing_else(tmp_path):
+def test_half_written_files_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     ours = {".checkpoint.pt.123.s10part", ".metrics.json.7.s10part"}
     foreign = {"thesis.part", "checkpoint.pt.part", ".mine.s10part", "notes.txt"}
     for name in ours | foreign:
@@ -111,13 +94,15 @@ def test_what_killed_processes_left_half_written_is_removed_and_nothing_else(tmp
 
 @pytest.mark.parametrize("name", [NEWEST, PREVIOUS])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_something_else_in_a_checkpoints_place_is_refused_before_any_work(tmp_path, name, make):
+def test_something_else_in_place_of_a_checkpoint_is_refused_before_any_work(tmp_path, name, make):
     make(tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name} is no file, so no checkpoint can be kept there: move it away"):
+    with pytest.raises(
+        CheckpointError, match=f"{name} is not a file, so no checkpoint can be kept there: move it away"
+    ):
         RunFolder(tmp_path).__enter__()
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(toy):
+def test_a_checkpoint_without_read_permission_is_not_called_damaged(toy):
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         run_dir, log = Path(name) / "run", Path(name) / "log"
         with RunFolder(run_dir) as folder:
@@ -127,12 +112,11 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(toy):
         folder.checkpoint.chmod(0)
         log.touch()
         log.chmod(0o666)
-        assert child(arguments(run_dir, "--resume"), toy, _leave_root, log).wait() == 1
+        assert RunProcess(arguments(run_dir, "--resume"), toy, _leave_root, log).wait() == 1
         folder.checkpoint.chmod(0o600)
         message = log.read_text(encoding="utf-8").splitlines()[-1]
-        assert "checkpoint.pt cannot be read (Permission denied), though it may be whole: make it readable" in message
+        assert "checkpoint.pt cannot be read (Permission denied), but it may be whole: make it readable" in message
         assert "damaged" not in message
-        assert "delete" not in message
         assert decode(folder.checkpoint).epochs == 1
 
 
@@ -147,9 +131,9 @@ def _leave_root() -> None:
 def test_the_same_process_may_enter_again_another_may_not_until_the_first_is_dead(tmp_path, toy):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     with RunFolder(run_dir), RunFolder(run_dir):  # a notebook's cell run twice
-        assert child(arguments(run_dir), toy, log=log).wait() == 1
+        assert RunProcess(arguments(run_dir), toy, log=log).wait() == 1
     assert "in use by another process: wait for it, stop it, or choose another" in log.read_text(encoding="utf-8")
-    holder = child(arguments(run_dir), toy, partial(at_step, 1, signal.pause))
+    holder = RunProcess(arguments(run_dir), toy, partial(at_step, 1, signal.pause))
     while not (run_dir / NEWEST).exists():
         assert holder.is_alive
         time.sleep(0.01)
@@ -164,34 +148,34 @@ def test_the_same_process_may_enter_again_another_may_not_until_the_first_is_dea
 
 
 @pytest.mark.parametrize("lost", ["the folder", "the lock"])
-@pytest.mark.parametrize("other", ["runs", "is over", "is none"])
+@pytest.mark.parametrize("other", ["is running", "has ended", "never came"])
 def test_a_run_whose_lock_was_deleted_never_saves_over_another(tmp_path, toy, lost, other):
-    """Another process begins in the folder of a run that still goes on."""
+    """Another process may have begun in the folder of a run that is still going."""
     run_dir = tmp_path / "run"
     with RunFolder(run_dir) as mine:
         mine.save(small_checkpoint(1))
         shutil.rmtree(run_dir) if lost == "the folder" else (run_dir / ".lock").unlink()
-        if other == "is none":
+        if other == "never came":
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 mine.save(small_checkpoint(2))
             assert [str(warning.message) for warning in caught if lost == "the folder"] == [
-                f"{run_dir} was deleted while the run was going: it is made anew, with the checkpoint after epoch 2"
+                f"{run_dir} was deleted during the run: it is created again, with the checkpoint after epoch 2"
             ] * len(caught)
             assert decode(mine.checkpoint).epochs == 2
             return
         for path in run_dir.glob("*.pt"):
             path.unlink()  # so that the other begins
-        theirs = child(arguments(run_dir), toy, partial(at_step, 1, signal.pause) if other == "runs" else None)
+        theirs = RunProcess(
+            arguments(run_dir), toy, partial(at_step, 1, signal.pause) if other == "is running" else None
+        )
         try:
-            if other == "is over":
+            if other == "has ended":
                 assert theirs.wait() == 0
             while not (run_dir / NEWEST).exists():
                 time.sleep(0.01)
             found = decode(run_dir / NEWEST).run_id
-            with pytest.raises(
-                RunLockedError, match=r"this run stops without saving epoch 2\. Start it again in another"
-            ):
+            with pytest.raises(RunLockedError, match=r"stops without saving epoch 2\. Start it again in another"):
                 mine.save(small_checkpoint(2))
             assert decode(run_dir / NEWEST).run_id == found != "this-run"
         finally:
@@ -204,7 +188,7 @@ def test_a_run_whose_lock_was_deleted_never_saves_over_another(tmp_path, toy, lo
 
 @pytest.fixture
 def drive(tmp_path, monkeypatch):
-    """A drive's folder in $S10_RUN_DIR, and a copy that is retried without waiting; returns where "run" goes."""
+    """Sets $S10_RUN_DIR to a drive's folder, and retries without waiting; returns where "run" is copied."""
     (tmp_path / "drive").mkdir()
     monkeypatch.setenv("S10_RUN_DIR", str(tmp_path / "drive" / "session10"))
     monkeypatch.setattr(folders, "COPY_WAIT_SECONDS", 0.0)
@@ -215,7 +199,7 @@ def mirrored(run_dir) -> RunFolder:
     return RunFolder(run_dir, mirror_from_environment(run_dir))
 
 
-def test_a_new_machine_goes_on_from_the_drive_and_an_older_folder_takes_the_newer_copy(tmp_path, drive, capsys):
+def test_a_new_machine_continues_from_the_drive_and_a_folder_behind_takes_the_newer_copy(tmp_path, drive, capsys):
     with mirrored(tmp_path / "here" / "run") as here:
         here.save(small_checkpoint(1))
         shutil.copytree(here.path, tmp_path / "behind" / "run")
@@ -234,7 +218,7 @@ def test_a_new_machine_goes_on_from_the_drive_and_an_older_folder_takes_the_newe
         assert here.load().epochs == 3
 
 
-def test_a_folder_that_is_ahead_of_the_drive_counts(tmp_path, drive):
+def test_a_folder_ahead_of_the_drive_is_kept(tmp_path, drive):
     with mirrored(tmp_path / "here" / "run") as folder:
         folder.save(small_checkpoint(2))
     (drive / NEWEST).write_bytes(b"something else")
@@ -250,40 +234,38 @@ def test_two_runs_of_one_name_never_mix_on_the_drive(tmp_path, drive):
         assert second.mirror_is_stale
         first.save(small_checkpoint(2))
         assert {decode(drive / name).run_id for name in (NEWEST, PREVIOUS)} == {"this-run"}
-    with pytest.raises(
-        CheckpointError, match=r"holds another run than .*set \$S10_RUN_DIR to another folder, or choose"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds another run than .*set \$S10_RUN_DIR to another folder"):
         mirrored(tmp_path / "B" / "run").__enter__()
 
 
 def test_a_drive_is_never_set_back_to_an_earlier_epoch(tmp_path, drive):
     with mirrored(tmp_path / "here" / "run") as folder:
         folder.save(small_checkpoint(1))
-        write_atomically(drive / NEWEST, small_checkpoint(4).encode())  # by the machine that was thought to be gone
+        write_atomically(drive / NEWEST, small_checkpoint(4).encode())  # by the machine that seemed lost
         with pytest.warns(UserWarning, match="a later checkpoint is there"):
             folder.save(small_checkpoint(2))
         assert decode(drive / NEWEST).epochs == 4
 
 
-def test_a_drive_that_drops_is_tried_again_then_warned_about_and_never_ends_the_run(tmp_path, drive, monkeypatch):
+def test_a_failing_drive_is_retried_then_warned_about_and_never_ends_the_run(tmp_path, drive, monkeypatch):
     with mirrored(tmp_path / "here" / "run") as folder:
         drive.parent.write_bytes(b"")  # a file in its place: as with a dropped mount, all access below it fails
-        with pytest.warns(
-            UserWarning, match=r"epoch 1 could not be copied to .*the run goes on.*whole file is .*checkpoint\.pt"
-        ):
+        with pytest.warns(UserWarning, match=r"epoch 1 could not be copied to .*the run continues.*checkpoint\.pt"):
             folder.save(small_checkpoint(1))
         assert folder.mirror_is_stale
         assert decode(folder.checkpoint).epochs == 1
 
-        monkeypatch.setattr(folders.time, "sleep", lambda seconds: drive.parent.unlink())  # it comes back meanwhile
+        monkeypatch.setattr(folders.time, "sleep", lambda seconds: drive.parent.unlink())  # it is back
         folder.save(small_checkpoint(2))
         assert not folder.mirror_is_stale
     assert (drive / NEWEST).read_bytes() == folder.checkpoint.read_bytes()
 
 
-def test_a_drive_that_cannot_be_read_at_the_start_is_not_taken_for_an_empty_one(tmp_path, drive):
+def test_a_drive_that_cannot_be_read_at_the_start_is_not_mistaken_for_an_empty_one(tmp_path, drive):
     drive.parent.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"could not be read.*see that the drive is mounted.*unset \$S10_RUN_DIR"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be read.*check that the drive is mounted.*unset \$S10_RUN_DIR"
+    ):
         mirrored(tmp_path / "run").__enter__()
     with RunFolder(tmp_path / "run"):  # unlocked again
         pass
@@ -300,7 +282,7 @@ def test_a_drive_that_is_not_mounted_gets_no_folders(tmp_path, monkeypatch):
     assert not mount_point.exists()
 
 
-def test_without_the_variable_or_with_one_that_names_the_same_folder_nothing_is_copied(tmp_path, monkeypatch):
+def test_nothing_is_copied_without_the_variable_or_if_it_names_the_run_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("S10_RUN_DIR", raising=False)
     assert mirror_from_environment(tmp_path / "run") is None
     monkeypatch.setenv("S10_RUN_DIR", str(tmp_path))

@@ -1,6 +1,5 @@
-"""Several processes that train one run, over gloo on the CPU: the same run as one process, and nothing lost with one of them."""
+"""Several processes that train one run, over gloo on the CPU: the same steps as one process, and safe if one dies."""
 
-import copy
 import multiprocessing
 import os
 import signal
@@ -12,12 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import train
-from tests.small_runs import TinyNet
+from tests.small_runs import TinyNet, arguments, identical, outcome, shrink
 from utils import engine
 from utils.config import Config, ConfigError, quick
 from utils.engine import make_optimizer
 from utils.loaders import make_loaders
-from utils.runs import figures
 from utils.runs.checkpoint import decode
 from utils.runs.ranks import Ranks, join_ranks, leave_ranks
 from utils.runtime import Precision
@@ -25,35 +23,11 @@ from utils.runtime import Precision
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
 WORLD = 2
-ARGV = [
-    "--profile",
-    "quick",
-    "--train-images",
-    "42",
-    "--test-images",
-    "20",
-    "--batch-size",
-    "10",
-    "--epochs",
-    "4",
-    "--peak-epoch",
-    "1",
-    "--lr-min",
-    "1e-3",
-    "--lr-max",
-    "1e-2",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-]
 
 
 @pytest.fixture
 def start_ranks(tmp_path):
-    """Start ``target(*args)`` on two ranks, and end whatever is left of them after the test."""
+    """Start ``target(rank, *args)`` on two ranks; kills what is left of them after the test."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([train.__name__, __name__])
     started = []
@@ -109,7 +83,7 @@ def new_network(num_classes: int) -> TinyNet:
 
 
 def two_steps(rank, dataset, out) -> None:
-    """Two Adam steps of two ranks; each writes its gradients after the first and its weights after the second."""
+    """Two Adam steps on two ranks; saves each rank's gradients of the first and weights after the second."""
     config, (ranks, _) = small_config(), join_ranks("cpu")
     loader, _ = make_loaders(dataset, config, CPU, rank=ranks.rank, world=ranks.world)
     model = new_network(10)
@@ -117,7 +91,7 @@ def two_steps(rank, dataset, out) -> None:
     state.criterion, state.parallel = ranks.weigh(state.criterion), ranks.parallel(model, CPU)
     zero_grad, kept = state.optimizer.zero_grad, []
     state.optimizer.zero_grad = lambda: (kept.append([p.grad.clone() for p in model.parameters()]), zero_grad())
-    for images, labels in list(loader)[-2:]:  # the last batch is smaller, and the ranks' rows are not equally many
+    for images, labels in list(loader)[-2:]:  # in the smaller last batch the ranks have different numbers of rows
         engine.train_step(state, images, labels)
     torch.save({"gradients": kept[0], "weights": [p.detach() for p in model.parameters()]}, f"{out}.{rank}")
     leave_ranks()
@@ -134,9 +108,8 @@ def test_two_ranks_take_the_step_of_one_process_whose_batch_norm_sees_the_same_g
     config, model = small_config(), new_network(10)
     loader, _ = make_loaders(dataset, config, CPU)
     optimizer, gradients = make_optimizer(model, config, 1e-2), []
-    scheduler_lr = 1e-3
     for group in optimizer.param_groups:
-        group["lr"] = scheduler_lr
+        group["lr"] = 1e-3
     for images, labels in list(loader)[-2:]:
         logits = torch.empty(len(labels), 10)
         for rank in range(WORLD):
@@ -156,9 +129,8 @@ def test_two_ranks_take_the_step_of_one_process_whose_batch_norm_sees_the_same_g
 
 def run_train(rank, dataset, argv, killed_rank=None, after_epoch=None) -> int:
     """train.py on a tiny network; ``killed_rank`` dies once it has trained ``after_epoch`` epochs."""
-    train.load_dataset = lambda root: dataset
+    shrink(dataset)
     engine.build_model = lambda config, classes, images=None: new_network(classes)
-    figures.draw_all = lambda run: {}
     train_epoch, count = engine.train_epoch, 0
 
     def dying(*args):
@@ -172,51 +144,38 @@ def run_train(rank, dataset, argv, killed_rank=None, after_epoch=None) -> int:
     return train.main(argv)
 
 
-def weights_of(run_dir):
-    content = decode(run_dir / "checkpoint.pt").state
-    return content["model"], content["averages"][0], {**content["history"], "seconds": None}
-
-
-def assert_same_run(one, other) -> None:
-    for ours, theirs in zip(weights_of(one)[:2], weights_of(other)[:2], strict=True):
-        for name, value in ours.items():
-            assert value == theirs[name] if not torch.is_tensor(value) else torch.equal(value, theirs[name]), name
-    assert weights_of(one)[2] == weights_of(other)[2]
-
-
 @pytest.mark.slow
 def test_a_run_on_two_ranks_survives_the_death_of_either_and_resumes_bit_for_bit(toy, tmp_path, start_ranks):
     dataset = toy.subset(train=42, test=20)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    processes, log = start_ranks(run_train, dataset, [*ARGV, "--run-dir", str(whole)])
+    processes, log = start_ranks(run_train, dataset, arguments(whole, "--train-images", "42"))
     assert join(processes) == [0, 0], said(log, 0) + said(log, 1)
     assert "done: test accuracy" in said(log, 0)
     assert "2 processes" in said(log, 0)
-    assert said(log, 1) == ""  # rank 0 alone speaks
+    assert said(log, 1) == ""  # only rank 0 prints
     assert decode(whole / "checkpoint.pt").record["world"] == WORLD
 
-    argv = [*ARGV, "--run-dir", str(broken), "--resume"]
+    argv = arguments(broken, "--train-images", "42", "--resume")
     for killed_rank, after_epoch in ((1, 2), (0, 1)):
         processes, log = start_ranks(run_train, dataset, argv, killed_rank, after_epoch)
         processes[killed_rank].join(120)
         survivor = processes[1 - killed_rank]
-        survivor.join(30)  # torchrun would end it; left alone it must notice by itself
+        survivor.join(30)  # torchrun would end it; on its own it must notice
         assert survivor.exitcode == 1, said(log, 1 - killed_rank)
         assert "another process of this run ended" in said(log, 1 - killed_rank)
         assert len(said(log, 1 - killed_rank).split("Traceback")) == 1
     processes, log = start_ranks(run_train, dataset, argv)
     assert join(processes) == [0, 0], said(log, 0) + said(log, 1)
     assert "resuming after epoch" in said(log, 0)
-    assert_same_run(whole, broken)
+    assert identical(outcome(whole), outcome(broken))
 
 
 def test_one_process_under_torchrun_is_one_without(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert join_ranks("auto") == (Ranks(), "auto")
-    model = new_network(10)
-    criterion = copy.deepcopy(torch.nn.CrossEntropyLoss())
-    assert Ranks().parallel(model, CPU) is model
+    criterion = torch.nn.CrossEntropyLoss()
+    assert Ranks().parallel(new_network(10), CPU) is None
     assert Ranks().weigh(criterion) is criterion
     assert Ranks().share(3) == 3
 

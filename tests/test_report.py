@@ -1,4 +1,4 @@
-"""Numbers that people read: generated from one source, and true to it."""
+"""The numbers that people read are generated from one source and agree with it."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def metrics() -> dict:
         "commit": "0123abc",
     }
     closed = report.closed_history(history, plain)
-    assert history.test_accuracy == [50.0, 63.0]  # what a checkpoint holds stays as it was measured
+    assert history.test_accuracy == [50.0, 63.0]  # a checkpoint keeps what was measured
     return report.build_metrics(record, configs.full(), closed, 0.15, plain, plain, CIFAR10_CLASSES)
 
 
@@ -56,6 +56,7 @@ def test_metrics_hold_what_a_result_must_be_quoted_with(metrics):
     assert metrics["weight_decay"] == pytest.approx(1.5e-3 / 1e-2)
     assert metrics["wall_seconds"] == pytest.approx(21.5)
     assert json.loads(json.dumps(metrics)) == metrics
+    assert "66.67% (single run)" in report.readme_blocks(metrics)["headline"]
 
 
 def test_several_seeds_give_a_mean_and_its_spread(metrics):
@@ -68,15 +69,10 @@ def test_several_seeds_give_a_mean_and_its_spread(metrics):
 
 def test_a_class_without_test_images_has_no_accuracy(metrics):
     plain = Predictions(np.eye(10, dtype=np.float32)[:5], np.arange(5))
-    record = {**metrics, "lr_range": {"lr_min": 5e-4, "lr_max": 1e-2, "rule": "steepest-minimum"}}
     history = History(**metrics["history"])
-    found = report.build_metrics(record, configs.full(), history, 0.15, plain, plain, CIFAR10_CLASSES)
+    found = report.build_metrics(metrics, configs.full(), history, 0.15, plain, plain, CIFAR10_CLASSES)
     assert found["per_class_accuracy"]["truck"] is None
     assert "nan" not in json.dumps(found, allow_nan=False).lower()
-
-
-def test_a_single_run_is_called_one(metrics):
-    assert "66.67% (single run)" in report.readme_blocks(metrics)["headline"]
 
 
 def test_the_log_has_the_assignments_lines_and_the_last_epoch_is_the_shipped_weights(metrics):
@@ -123,7 +119,7 @@ def test_the_full_recipe_on_cifar10_can_be_published(cifar10):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of its own: a README with one generated part, and old results."""
+    """An empty project with a README and old results."""
     monkeypatch.setattr(report, "RESULTS", tmp_path / "Results")
     monkeypatch.setattr(report.runtime, "PROJECT_ROOT", tmp_path)
     monkeypatch.setattr(report, "render_readme", lambda text, metrics: f"32×32: {metrics['mean_accuracy']}")
@@ -153,7 +149,7 @@ def test_publishing_replaces_results_as_one_set_of_one_run(project, metrics):
     assert published["test_accuracy"] == 94.0
     assert (project / "README.md").read_text(encoding="utf-8") == "32×32: 94.5"
     assert "seeds 0, 1" in (project / "training_logs.md").read_text(encoding="utf-8")
-    assert [path.name for path in project.glob(".*")] == []  # nothing is left over
+    assert not list(project.glob(".*"))  # nothing is left over
 
 
 def test_what_is_unfinished_or_different_is_not_published(project, metrics):
@@ -178,11 +174,10 @@ def test_a_kill_between_the_two_renames_of_publishing_loses_nothing(project, met
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             report.publish(run)
-    assert not report.RESULTS.exists()
-    report.finish_interrupted_replacement(report.RESULTS)
-    assert (report.RESULTS / "of_an_older_run.png").exists()
+    assert (project / ".Results.old" / "of_an_older_run.png").exists()
     report.publish(run)
     assert (report.RESULTS / "train.png").exists()
+    assert not list(project.glob(".*"))
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", ""])
@@ -237,7 +232,7 @@ def test_every_picture_and_file_that_the_readme_links_to_exists():
     assert len(local) > 10
     assert [link for link in local if not (ROOT / link).exists()] == []
     for alt in re.findall(r"!\[([^\]]*)\]\(Results/", text):
-        assert len(alt) > 20, "a picture needs a text for those who cannot see it"
+        assert len(alt) > 20, "a picture needs a text for readers who cannot see it"
 
 
 def test_the_shipped_weights_recognize_real_images(cifar10, published):

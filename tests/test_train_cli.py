@@ -1,4 +1,4 @@
-"""train.py as its user meets it: settings, exit codes, messages that fit on a screen, one line that sums up."""
+"""train.py as its user meets it: settings, exit codes, messages of one line."""
 
 import subprocess
 import sys
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import train
-from tests.small_runs import EPOCHS, GIVEN_LRS, arguments, epochs_kept, shrink
+from tests.small_runs import EPOCHS, GIVEN_LRS, arguments, shrink
 from utils.runs import report
 from utils.runs.checkpoint import decode
-from utils.runs.folder import NEWEST, PREVIOUS
+from utils.runs.folder import NEWEST
 from utils.runs.weights import WEIGHTS_NAME, load_model
 from utils.runtime import PROJECT_ROOT, write_atomically
 
@@ -41,12 +41,6 @@ def test_help_explains_every_flag():
         assert action.option_strings[-1] in text
 
 
-def test_without_arguments_it_is_the_run_that_fits_this_machine():
-    config = make_config("")
-    assert config.profile == ("full" if torch.cuda.is_available() else "quick")
-    assert config.seed == 0
-
-
 def test_flags_reach_the_config():
     flags = (
         "--profile full --seed 3 --train-images 500 --test-images 50 --batch-size 32 --epochs 9 --peak-epoch 3 "
@@ -57,6 +51,7 @@ def test_flags_reach_the_config():
     assert (config.batch_size, config.epochs, config.peak_epoch, config.range_test_steps) == (32, 9, 3, 33)
     assert (config.pipeline, config.num_workers, config.precision) == ("albumentations", 1, "bf16")
     assert config.deterministic
+    assert make_config("").profile == ("full" if torch.cuda.is_available() else "quick")
 
 
 @pytest.mark.parametrize(
@@ -94,15 +89,9 @@ def test_a_cycle_that_rises_within_one_step_is_refused_before_the_range_test(tmp
     assert "within a single step" in capsys.readouterr().err
 
 
-def test_one_lr_without_the_other_is_a_wrong_setting(capsys):
-    assert train.main(["--profile", "quick", "--lr-max", "0.01"]) == 2
-    assert "give both to skip the range test" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flag", ["--no-such-flag", "--epochs=many", "--profile=medium"])
-def test_what_argparse_refuses_has_exit_code_2(flag):
+def test_an_unknown_flag_has_exit_code_2():
     with pytest.raises(SystemExit) as stop:
-        train.main([flag])
+        train.main(["--no-such-flag"])
     assert stop.value.code == 2
 
 
@@ -121,7 +110,7 @@ def test_an_unknown_data_folder_ends_a_real_process_with_one_line(tmp_path):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_run_with_a_range_test_ends_with_one_line_that_sums_up(tmp_path, capsys):
+def test_a_run_with_a_range_test_ends_with_a_summary_in_one_line(tmp_path, capsys):
     argv = [flag for flag in arguments(tmp_path / "run", "--range-test-end", "10") if flag not in GIVEN_LRS]
     assert train.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -135,18 +124,18 @@ def test_a_run_with_a_range_test_ends_with_one_line_that_sums_up(tmp_path, capsy
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_finished_run_is_neither_overwritten_nor_gone_on_with_under_another_setting(tmp_path, capsys):
+def test_a_finished_run_is_neither_overwritten_nor_continued_with_another_setting(tmp_path, capsys):
     assert train.main(arguments(tmp_path / "run")) == 0
     before = (tmp_path / "run" / NEWEST).read_bytes()
     assert train.main(arguments(tmp_path / "run")) == 1
-    assert "already holds a run: add --resume to go on with it, or choose another --run-dir" in capsys.readouterr().err
+    assert "already holds a run: add --resume to continue it, or choose another --run-dir" in capsys.readouterr().err
     assert train.main(arguments(tmp_path / "run", "--resume", "--batch-size", "20")) == 1
     assert "belongs to another run: batch_size 10 there, 20 here" in capsys.readouterr().err
     assert (tmp_path / "run" / NEWEST).read_bytes() == before
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_run_that_goes_on_elsewhere_says_that_it_is_not_bit_identical(tmp_path, capsys):
+def test_a_run_continued_on_another_machine_says_that_it_is_not_bit_identical(tmp_path, capsys):
     assert train.main(arguments(tmp_path / "run", "--resume")) == 0
     assert "nothing to resume in" in capsys.readouterr().out
     found = decode(tmp_path / "run" / NEWEST)
@@ -155,15 +144,6 @@ def test_a_run_that_goes_on_elsewhere_says_that_it_is_not_bit_identical(tmp_path
     write_atomically(tmp_path / "run" / NEWEST, found.encode())
     assert train.main(arguments(tmp_path / "run", "--resume")) == 0
     assert "another processor then, " in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_drive_gets_a_copy_of_the_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setenv("S10_RUN_DIR", str(tmp_path / "drive"))
-    assert train.main(arguments(tmp_path / "run")) == 0
-    for name in (NEWEST, PREVIOUS):
-        assert (tmp_path / "drive" / "run" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
-    assert epochs_kept(tmp_path / "drive" / "run") == EPOCHS
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The weights file: what comes out is what went in, on the network it was trained with; anything else is refused."""
+"""The weights file gives back the trained network bit for bit; anything else is refused."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_tensors_of_another_type_or_shape_are_refused(path, change, words):
         ({"logit_scale": 0.5}, "is damaged: its content does not match its checksum"),
     ],
 )
-def test_a_header_that_describes_no_network_or_another_is_refused(path, about, words):
+def test_a_header_that_describes_another_network_or_none_is_refused(path, about, words):
     digest = load_model(path)[1]["sha256"]
     rewritten(path, "fc.bias", sha256=digest, **about)
     with pytest.raises(WeightsError, match=words):
@@ -132,12 +132,12 @@ class Payload:
         (lambda path: path.write_bytes(pickle.dumps(Payload())), "refused, since they can run code"),
         (lambda path: torch.save({"fc.weight": Payload()}, path), "refused, since they can run code"),
         (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
-        (lambda path: path.mkdir(), "is no file: name the weights file itself"),
-        (os.mkfifo, "is no file"),
+        (lambda path: path.mkdir(), "is not a file: name the weights file itself"),
+        (os.mkfifo, "is not a file"),
         (lambda path: None, "no weights at .*train first"),
     ],
 )
-def test_what_is_no_weights_file_is_named_and_runs_nothing(tmp_path, monkeypatch, make, words):
+def test_other_files_are_refused_with_the_reason_and_run_nothing(tmp_path, monkeypatch, make, words):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "weights.pt")
     with pytest.raises(WeightsError, match=words):

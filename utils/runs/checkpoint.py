@@ -1,10 +1,10 @@
-"""A checkpoint: everything that a run needs to go on exactly, in one file.
+"""A checkpoint: one file with everything a run needs to continue exactly where it stopped.
 
 The file is a line of text (format, SHA-256, run, epochs), then what ``torch.save`` writes. Reading checks the digest
-first and never unpickles code (``weights_only=True``). The run's record, what was known before its first epoch, is in
-here too, so that there is nothing that could belong to another run.
+first and never unpickles code (``weights_only=True``). The run's record, all that was known before its first epoch, is
+in the same file, so the two cannot come from different runs.
 
-A run resumed on the same machine with the same number of threads ends bit for bit like one that was never stopped.
+Resumed on the same machine with the same number of threads, a run ends bit for bit like one that was never stopped.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class CheckpointError(Session10Error):
 
 
 class DamagedError(CheckpointError):
-    """A file that is no whole checkpoint: the one before it may be."""
+    """A file that is not a whole checkpoint; the previous one may still be."""
 
 
 class Header(NamedTuple):
-    """The first line of a checkpoint: whose it is, and how far that run was."""
+    """The first line of a checkpoint."""
 
     digest: str
     run_id: str
@@ -48,8 +48,8 @@ class Checkpoint:
     """A run after ``epochs`` epochs, on the CPU.
 
     Attributes:
-        run_id: drawn when the run began; two runs never share one.
-        epochs: finished ones; 0 after the LR range test.
+        run_id: drawn when the run began; unique.
+        epochs: finished epochs; 0 after the LR range test.
         record: what was known before the first epoch (see ``report.run_record``).
         state: tensors and plain values.
     """
@@ -62,20 +62,16 @@ class Checkpoint:
     @classmethod
     def of(cls, state: TrainState, record: dict) -> Checkpoint:
         """Everything in ``state``, and the state of every global random generator."""
-        return cls(
-            record["run_id"],
-            state.history.epochs,
-            record,
-            {
-                "model": state.model.state_dict(),
-                "optimizer": state.optimizer.state_dict(),
-                "scheduler": state.scheduler.state_dict(),
-                "scaler": state.scaler.state_dict(),
-                "averages": [average.state_dict() for average in state.averages],
-                "history": state.history.to_dict(),
-                "rng": rng_states(),
-            },
-        )
+        content = {
+            "model": state.model.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scheduler": state.scheduler.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "averages": [average.state_dict() for average in state.averages],
+            "history": state.history.to_dict(),
+            "rng": rng_states(),
+        }
+        return cls(record["run_id"], state.history.epochs, record, content)
 
     def encode(self) -> bytes:
         """The file's bytes."""
@@ -86,7 +82,7 @@ class Checkpoint:
         return MAGIC + header.encode() + payload
 
     def restore(self, path: Path, state: TrainState) -> None:
-        """Put this into ``state`` and the global random generators.
+        """Load this into ``state`` and the global random generators; ``path`` is named in errors.
 
         Raises:
             CheckpointError: it was written for another model or by another version of this project.
@@ -99,7 +95,7 @@ class Checkpoint:
             state.model.load_state_dict(content["model"])
             state.optimizer.load_state_dict(content["optimizer"])
             state.scheduler.load_state_dict(content["scheduler"])
-            if content["scaler"] and state.scaler.is_enabled():  # empty where the run began in fp32 or bf16
+            if content["scaler"] and state.scaler.is_enabled():  # empty if the run began in fp32 or bf16
                 state.scaler.load_state_dict(content["scaler"])
             for average, saved in zip(state.averages, content["averages"], strict=True):
                 average.load_state_dict(saved)
@@ -109,11 +105,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def of_this_version(path: Path) -> Iterator[None]:
-    """Within it, a checkpoint's content that is not laid out as this version of the project has it is refused.
-
-    Raises:
-        CheckpointError: instead of what Python raises when a part is missing or of another kind.
-    """
+    """Turn the errors of reading an unknown layout into a ``CheckpointError`` about ``path``."""
     try:
         yield
     except Session10Error:
@@ -129,8 +121,8 @@ def read_header(path: Path) -> Header:
     """The first line of a checkpoint file, without reading the rest.
 
     Raises:
-        DamagedError: it is no checkpoint.
-        CheckpointError: it is one of a later version.
+        DamagedError: it is not a checkpoint.
+        CheckpointError: it was written by a later version.
         OSError: the file is missing or cannot be read.
     """
     with open(path, "rb") as file:
@@ -141,15 +133,15 @@ def decode(path: Path) -> Checkpoint:
     """Read and check a checkpoint file.
 
     Raises:
-        DamagedError: it is no checkpoint, is damaged, or holds more than plain tensors and values.
-        CheckpointError: it cannot be read, or is of a later version.
+        DamagedError: it is not a checkpoint, is damaged, or holds more than tensors and plain values.
+        CheckpointError: it cannot be read, or was written by a later version.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}), though it may be whole: make it readable for this user, or see that "
-            "its disk is there"
+            f"{path} cannot be read ({error.strerror}), but it may be whole: make it readable for this user, or check "
+            "that its disk is there"
         ) from error
     line, _, payload = raw.partition(b"\n")
     header = _parse_header(path, line)
@@ -157,15 +149,15 @@ def decode(path: Path) -> Checkpoint:
         raise DamagedError(f"{path} is damaged: its content does not match its checksum")
     try:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file made to do harm can make the unpickler fail in any way
+    except Exception as error:  # a malicious file can make the unpickler fail in any way
         raise DamagedError(
-            f"{path} is refused: it does not hold plain tensors and values only, so that loading it could run code"
+            f"{path} is refused: it holds more than tensors and plain values, so loading it could run code"
         ) from error
     parts = {field.name for field in dataclasses.fields(Checkpoint)}
     if not isinstance(content, dict) or content.keys() != parts:
-        raise DamagedError(f"{path} is not a Session 10 checkpoint: it holds other things")
+        raise DamagedError(f"{path} is not a Session 10 checkpoint: its parts are different")
     if (content["run_id"], content["epochs"]) != (header.run_id, header.epochs):
-        raise DamagedError(f"{path} is damaged: its first line is of another checkpoint")
+        raise DamagedError(f"{path} is damaged: its first line belongs to another checkpoint")
     return Checkpoint(**content)
 
 
@@ -177,29 +169,29 @@ def _parse_header(path: Path, line: bytes) -> Header:
         version, *fields = fields
         if int(version) > FORMAT:
             raise CheckpointError(
-                f"{path} was written by a later version of this project (format {int(version)}, this one reads {FORMAT}): "
-                "go on with that version, or choose another run folder"
+                f"{path} was written by a later version of this project (format {int(version)}; this version reads "
+                f"{FORMAT}): continue with that version, or choose another run folder"
             )
         digest, run_id, epochs = fields
         return Header(digest.decode("ascii"), run_id.decode("ascii"), int(epochs))
-    except ValueError as error:  # also where a field is missing
-        raise DamagedError(f"{path} is damaged: its first line is not whole") from error
+    except ValueError as error:  # also for a missing field
+        raise DamagedError(f"{path} is damaged: its first line is incomplete") from error
 
 
 def differences(saved: dict, config: Config) -> list[str]:
     """Where ``saved``, from an earlier ``Config.to_dict()``, differs from ``config``, in words.
 
-    A setting that ``saved`` does not have yet had its default.
+    A setting missing from ``saved`` is newer than that run, which therefore had its default.
     """
     saved, here = {**Config().to_dict(), **saved}, config.to_dict()
     return [f"{name} {saved[name]!r} there, {here[name]!r} here" for name in here if saved[name] != here[name]]
 
 
 def model_differences(weights: dict[str, Tensor], model: nn.Module) -> str:
-    """The first tensor in ``weights`` that does not fit ``model``, in words; empty when all fit."""
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    saved = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in {**saved, **shapes}:
-        if saved.get(name) != shapes.get(name):
-            return f"another model ({name} is {saved.get(name, 'missing')} there, {shapes.get(name, 'missing')} here)"
+    """The first tensor in ``weights`` that does not fit ``model``, in words; empty if all fit."""
+    there = {name: tuple(value.shape) for name, value in weights.items()}
+    here = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            return f"another model ({name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here)"
     return ""

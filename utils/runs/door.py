@@ -1,4 +1,4 @@
-"""What every command line of this project does alike: one line for an error, exit codes, signals, broken outputs."""
+"""What all command lines of this project share: one line for an error, exit codes, signals, broken outputs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from typing import TextIO
 
 from utils.runtime import ConfigError, Session10Error
 
-EXIT_FAILED = 1  # the work could not be finished; the message says why and what is kept
-EXIT_USAGE = 2  # a wrong setting, as argparse has it
-EXIT_SIGNAL = 128  # plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM
-AGAIN_SECONDS = 0.02  # until an interrupt that Python dropped is raised once more
+EXIT_FAILED = 1  # the message says why, and what is kept
+EXIT_USAGE = 2  # a wrong setting, as in argparse
+EXIT_SIGNAL = 128  # plus the signal's number, as in shells: 130 for Ctrl-C, 143 for SIGTERM
+AGAIN_SECONDS = 0.02  # until an interrupt that Python dropped is raised again
+
+# What ended the work, kept to the end of the process: it holds the loaders it interrupted, whose destructors could wait
+# for ever for a lock that the interrupted thread left closed. When the process ends, they no longer wait.
+_ended_by: list[BaseException] = []
 
 
 def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] = lambda: "") -> int:
-    """Call ``body`` and return the exit code; what a user can mend becomes one line on stderr.
+    """Call ``body`` and return the exit code; an error that the user can fix becomes one line on stderr.
 
     Args:
-        program: what the line begins with.
+        program: its name, with which the line begins.
         body: the work.
-        kept: what is kept when it ends early, in words, for the line's end.
+        kept: what an early end leaves behind, in words, with which the line ends.
     """
     prepare_streams()
     with warnings.catch_warnings(), interrupts_from_outside() as asked:
@@ -37,16 +41,17 @@ def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] =
             return EXIT_USAGE
         except (KeyboardInterrupt, Session10Error, OSError) as error:
             forget_loaders()
-            # Whatever fails once the end was asked for, such as a loader process that heard of it too, is that end.
-            is_asked_for = asked or isinstance(error, KeyboardInterrupt)
-            words = "interrupted" if is_asked_for else str(error)
+            _ended_by.append(error)
+            # After a signal any failure counts as the interrupt, such as that of a loader process that got it too.
+            is_interrupt = asked or isinstance(error, KeyboardInterrupt)
+            words = "interrupted" if is_interrupt else str(error)
             complain(f"{program}: " + "; ".join(filter(None, (words, kept()))))
-            return EXIT_SIGNAL + (asked or [signal.SIGINT])[0] if is_asked_for else EXIT_FAILED
+            return EXIT_SIGNAL + (asked or [signal.SIGINT])[0] if is_interrupt else EXIT_FAILED
     return 0
 
 
 class Output:
-    """A text stream that may lose its reader (``| head -1``, a full disk): from then on, what is written is dropped."""
+    """A text stream that may lose its reader (``| head -1``, a full disk) and then drops whatever is written."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -65,7 +70,7 @@ class Output:
         try:
             yield
         except OSError:
-            # The stream's buffer still holds the text, and Python would fail on it once more at exit.
+            # The stream's buffer still holds the text, and Python would fail on it again at exit.
             with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
@@ -74,13 +79,13 @@ class Output:
 
 
 def prepare_streams() -> None:
-    """Give the process streams that can be written to, in any encoding, whatever its caller closed."""
+    """Make stdout and stderr writable, in any encoding, even if the caller closed them."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a folder's name may not exist in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")  # for folder names that the terminal's encoding lacks
         if not isinstance(stream, Output):
             setattr(sys, name, Output(stream))
 
@@ -92,19 +97,19 @@ def complain(text: str) -> None:
 
 @contextlib.contextmanager
 def interrupts_from_outside() -> Iterator[list[int]]:
-    """Within it, SIGTERM (a shutdown, a cluster's time limit) ends the work as Ctrl-C does: by ``KeyboardInterrupt``.
+    """Within it, SIGTERM (a shutdown, a cluster's time limit) raises ``KeyboardInterrupt``, as Ctrl-C does.
 
-    Where a whole process group is signalled, the first process alone answers. Python drops an exception that is raised
-    in a destructor or around a fork, and prints a traceback instead; there the interrupt is raised once more, soon after.
+    If a whole process group is signalled, only the first process answers. Python drops an exception raised in a
+    destructor or around a fork and prints a traceback instead; the interrupt is then raised again, soon after.
 
     Yields:
-        The numbers of the signals that came.
+        The numbers of the signals received so far.
     """
     first, asked, is_over = os.getpid(), [], threading.Event()
     print_unraisable = sys.unraisablehook
 
     def interrupt(number, frame):
-        if os.getpid() != first:  # a loader process that has not set its own answers yet
+        if os.getpid() != first:  # a loader process that has not set its own handlers yet
             os._exit(EXIT_SIGNAL + number)
         forget_loaders()
         asked.append(number)
@@ -121,7 +126,7 @@ def interrupts_from_outside() -> Iterator[list[int]]:
             print_unraisable(lost)
 
     numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, in the background for example
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, for example in the background
         numbers.append(signal.SIGINT)
     previous = {number: signal.signal(number, interrupt) for number in numbers}
     sys.unraisablehook = unraisable
@@ -135,6 +140,6 @@ def interrupts_from_outside() -> Iterator[list[int]]:
 
 
 def forget_loaders() -> None:
-    """Loader processes may die from now on: torch would raise an error about it wherever this process then is."""
+    """Stop torch from raising an error, wherever this process is, when a loader process dies from now on."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

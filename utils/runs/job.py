@@ -1,6 +1,6 @@
 """The one way to train: range test -> fit -> final test -> results, resumable at any moment.
 
-``train.py`` and ``experiments`` call ``run_job``; the notebook takes the same three steps one at a time:
+``train.py`` and ``experiments`` train through this module; the notebook takes the same three steps one at a time:
 
     with Job(config, dataset, "runs/mine") as job:
         job.find_range()
@@ -33,14 +33,13 @@ from utils.runs.checkpoint import Checkpoint, CheckpointError, differences, of_t
 from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
 from utils.runs.ranks import Ranks
 from utils.runs.weights import NETWORK_SETTINGS, WEIGHTS_NAME, save_weights
-from utils.runtime import say, write_atomically
+from utils.runtime import write_atomically
 from utils.schedule import check_cycle
 from utils.transforms import normalize
 
 ALONE = Ranks()
-PATCH_IMAGES = 5000  # train images whose patches give the first filters, where the config asks for that
-SAVE_SECONDS = {"cpu": 0.0}  # between checkpoints; after every epoch on a CPU
-SAVE_SECONDS_ON_GPU = 10.0  # there an epoch takes less time than a checkpoint
+PATCH_IMAGES = 5000  # train images whose patches become the first filters, if the config asks for that
+SAVE_SECONDS_ON_GPU = 10.0  # between checkpoints, since an epoch takes less time than one; a CPU saves every epoch
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Results:
 
 
 def _explained(step: Callable) -> Callable:
-    """Failures of the machine in a step of a job get words of their own (see ``machine.explain_failures``)."""
+    """Explain the machine's failures in a step of a job (see ``machine.explain_failures``)."""
 
     @functools.wraps(step)
     def explained(self, *args, **kwargs):
@@ -73,7 +72,7 @@ def _explained(step: Callable) -> Callable:
 class Job:
     """One run in its folder. Use as a context manager, or with ``open`` and ``close``.
 
-    Entering locks the folder and goes on from the checkpoint that it holds, if any.
+    Entering locks the folder and loads its checkpoint, if there is one.
 
     Args:
         config: the run's settings.
@@ -81,17 +80,18 @@ class Job:
             validation run of it.
         run_dir: where checkpoints and results go.
         device: from ``runtime.pick_device``; None picks the best.
-        ranks: this process among those that train together (see utils/runs/ranks.py); alone unless told otherwise.
+        ranks: this process among those that train together (see utils/runs/ranks.py).
         resume: False refuses a folder that holds a run.
 
     Attributes:
+        is_resumed: True if the folder already held this run.
+        resumed_epochs: epochs in the checkpoint that the run continues from; 0 for a new run.
         lr_range: after ``find_range``; None before.
         state: the run in progress, likewise.
-        resumed_epochs: how many epochs the checkpoint held that the run goes on from; 0 for a new run.
 
     Raises (on entering):
-        ConfigError: settings that do not go with these images.
-        RunLockedError: another process works in the folder.
+        ConfigError: settings that do not fit these images.
+        RunLockedError: another process is using the folder.
         CheckpointError: the folder cannot be used, or holds another run.
     """
 
@@ -112,33 +112,34 @@ class Job:
         self.folder = RunFolder(run_dir, mirror_from_environment(run_dir))
         self.ranks = ranks
         self.resume = resume
+        self.is_resumed = False
+        self.resumed_epochs = 0
         self.lr_range: LRRange | None = None
         self.state: engine.TrainState | None = None
-        self.resumed_epochs = 0
         self._record: dict | None = None
         self._checkpoint: Checkpoint | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> Job:
+    def open(self) -> Job:
         with ExitStack() as stack:
             if self.ranks.is_first:
                 stack.enter_context(self.folder)
             if self.ranks.share(self.folder.holds_checkpoint) and not self.resume:
                 raise CheckpointError(
-                    f"{self.folder.path} already holds a run: add --resume to go on with it, or choose another --run-dir"
+                    f"{self.folder.path} already holds a run: add --resume to continue it, or choose another --run-dir"
                 )
             self._prepare()
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exc) -> None:
-        self._stack.close()
-
-    open = __enter__
-
     def close(self) -> None:
         """Unlock the folder."""
-        self.__exit__()
+        self._stack.close()
+
+    __enter__ = open
+
+    def __exit__(self, *exc) -> None:
+        self.close()
 
     @_explained
     def _prepare(self) -> None:
@@ -147,10 +148,9 @@ class Job:
         runtime.seed_everything(config.seed, config.deterministic)
         loaders = functools.partial(make_loaders, dataset, config, self.device, self.precision.dtype)
         self.train_loader, self.test_loader = loaders(rank=self.ranks.rank, world=self.ranks.world)
-        if self.ranks.world > 1 and self.ranks.is_first:  # the range test and every test are rank 0's alone
+        self._whole_train_loader = self.train_loader
+        if self.ranks.world > 1 and self.ranks.is_first:  # rank 0 alone runs the range test and every test
             self._whole_train_loader, self.test_loader = loaders()
-        else:
-            self._whole_train_loader = self.train_loader
         ends = (config.lr_min, config.lr_max) if config.lr_min else (config.range_test_start, config.range_test_end)
         check_cycle(*ends, config.epochs, config.peak_epoch, len(self.train_loader))
         patches = None
@@ -162,11 +162,12 @@ class Job:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
         if self._checkpoint is not None:
+            self.is_resumed = True
             self._record = self._checkpoint.record
             with of_this_version(self.folder.checkpoint):
                 self._check_same_run()
                 self._say_if_moved()
-                LRRange.from_dict(self._record["lr_range"])
+                LRRange.from_dict(self._record["lr_range"])  # a malformed one is refused before any work
 
     def _check_same_run(self) -> None:
         differing = differences(self._record["config"], self.config)
@@ -180,73 +181,84 @@ class Job:
             )
 
     def _say_if_moved(self) -> None:
-        """A run that began elsewhere goes on correctly, but no longer bit for bit."""
+        """A run that began on another machine continues correctly, but no longer bit for bit."""
         record = self._record
         here = (runtime.device_name(self.device), self.precision.name, f"torch {machine.versions()['torch']}")
         there = (record["device"], record["precision"], f"torch {record['versions']['torch']}")
         moved = [f"{old} then, {new} now" for old, new in zip(there, here) if old != new]
         if record["world"] != self.ranks.world:
             moved.append(f"{record['world']} processes then, {self.ranks.world} now")
-        if moved and self.ranks.is_first:
-            say(
-                f"the run began elsewhere ({'; '.join(moved)}): its end is as good, but not bit-identical to what it "
-                "would have been there"
+        if moved:
+            self.ranks.say(
+                f"the run began elsewhere ({'; '.join(moved)}): its result will be just as valid, but not bit-identical to "
+                "what it would have been there"
             )
 
     @_explained
     def find_range(self) -> LRRange:
         """Both ends of the cycle: given, found by the range test, or known from the checkpoint. Makes ``state``.
 
+        Called again, it only returns them.
+
         Raises:
             LRRangeError: the range test's curve has no answer.
         """
+        if self.state is not None:
+            return self.lr_range
         if self._record is None:
             if self.ranks.is_first:
                 began = time.perf_counter()
-                lr_range = lr_finder.find_range(self.model, self._whole_train_loader, self.config, self.precision)
+                found = lr_finder.find_range(self.model, self._whole_train_loader, self.config, self.precision)
                 seconds = time.perf_counter() - began
                 self._record = report.run_record(
-                    self.config, lr_range, seconds, self.dataset, self.precision, self.ranks.world
+                    self.config, found, seconds, self.dataset, self.precision, self.ranks.world
                 )
             self._record = self.ranks.share(self._record)
-        self.lr_range = lr_range = LRRange.from_dict(self._record["lr_range"])
-        self.state = engine.start(
-            self.model, self.config, lr_range.lr_min, lr_range.lr_max, len(self.train_loader), self.precision
-        )
+        self.lr_range = LRRange.from_dict(self._record["lr_range"])
+        ends = (self.lr_range.lr_min, self.lr_range.lr_max)
+        self.state = engine.start(self.model, self.config, *ends, len(self.train_loader), self.precision)
         self.state.criterion = self.ranks.weigh(self.state.criterion)
         if self._checkpoint is None:
             self._save(self.state)
         else:
             self._checkpoint.restore(self.folder.checkpoint, self.state)
-            self.resumed_epochs, self._checkpoint = self.state.history.epochs, None
-        self.state.parallel = self.ranks.parallel(self.model, self.device) if self.ranks.world > 1 else None
+            self.resumed_epochs = self.state.history.epochs
+            self._checkpoint = None
+        self.state.parallel = self.ranks.parallel(self.model, self.device)
         self._saved_at = time.monotonic()
-        return lr_range
+        return self.lr_range
 
     @_explained
     def fit(self) -> engine.History:
-        """Train to the last epoch, from wherever ``find_range`` left ``state``, with a checkpoint after each epoch.
+        """Train from where ``find_range`` left ``state`` to the last epoch, saving a checkpoint after each epoch.
 
-        On a GPU, where an epoch takes less time than a checkpoint, one is written every 10 seconds and at the end.
+        On a GPU, where an epoch takes less time than a checkpoint, it saves every 10 seconds and at the end. Called again
+        after an interrupt, as in a notebook, it continues from the newest checkpoint.
 
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the epochs before are kept.
         """
-        config = self.config
-        return engine.fit(
-            self.state,
-            self.train_loader,
-            self.test_loader if self.ranks.is_first else None,
-            config.epochs,
-            eval_every=config.eval_every,
-            after_epoch=self._save_now_and_then,
-            show=say if self.ranks.is_first else None,
-            total=self.ranks.total,
-        )
+        if self.state is None:
+            self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
+            self.find_range()
+        try:
+            return engine.fit(
+                self.state,
+                self.train_loader,
+                self.test_loader if self.ranks.is_first else None,
+                self.config.epochs,
+                eval_every=self.config.eval_every,
+                after_epoch=self._save_if_due,
+                show=runtime.say if self.ranks.is_first else None,
+                total=self.ranks.total,
+            )
+        except BaseException:
+            self.state = None  # in the middle of an epoch, which cannot be continued
+            raise
 
-    def _save_now_and_then(self, state: engine.TrainState) -> None:
-        pause = SAVE_SECONDS.get(self.device.type, SAVE_SECONDS_ON_GPU)
-        if state.history.epochs == self.config.epochs or time.monotonic() - self._saved_at >= pause:
+    def _save_if_due(self, state: engine.TrainState) -> None:
+        is_due = self.device.type == "cpu" or time.monotonic() - self._saved_at >= SAVE_SECONDS_ON_GPU
+        if is_due or state.history.epochs == self.config.epochs:
             self._save(state)
             self._saved_at = time.monotonic()
 
@@ -258,10 +270,10 @@ class Job:
     def finish(self, note: str = "") -> Results:
         """The final test, then the results in the run's folder: weights, log, metrics.json, and last the figures.
 
-        A figure that cannot be drawn is a warning: nothing else waits for it. Of several ranks, the first does this.
+        A figure that cannot be drawn is only a warning. With several ranks, call this on the first.
 
         Raises:
-            ResultsError: the results cannot be written; every epoch is kept, and finishing again is all that is needed.
+            ResultsError: the results cannot be written; every epoch is kept, and only this step need be repeated.
         """
         state, dataset, folder = self.state, self.dataset, self.folder.path
         plain, mirrored = report.final_test(state.tested_model, dataset, self.device)
@@ -281,8 +293,7 @@ class Job:
         except OSError as error:
             raise report.ResultsError(
                 f"the results could not be written ({reason_of(error)}: {error.filename}). All {self.config.epochs} epochs "
-                f"are kept in {self.folder.checkpoint}: mend this, then resume, and only the test and the results are "
-                "made again"
+                f"are kept in {self.folder.checkpoint}: fix this, then resume; only the test and the results are repeated"
             ) from error
         results = Results(metrics, plain, mirrored, history)
         self._draw_figures(results)
@@ -300,7 +311,7 @@ class Job:
                 )
 
     def _test_averages(self, plain: Predictions, mirrored: Predictions) -> dict[str, dict[str, float]]:
-        """Accuracy and loss of each average that rode along, by its decay."""
+        """Accuracy and loss of each weight average, by its decay; the first is the tested one."""
         decays = (self.config.ema_decay, *self.config.ema_also)
         tested = [(plain, mirrored)]
         for average in self.state.averages[1:]:
@@ -315,11 +326,6 @@ class Job:
             for decay, (one, both) in zip(decays, tested)
         }
 
-    @property
-    def is_resumed(self) -> bool:
-        """True where the folder held this run already."""
-        return self._record is not None and (self._checkpoint is not None or self.resumed_epochs > 0)
-
     def kept(self) -> str:
         """What a run that ends now leaves behind, in words."""
         epochs = self.folder.saved_epochs
@@ -328,7 +334,7 @@ class Job:
         if epochs == 0:
             return f"the LR range test is kept in {self.folder.path}, no epoch was finished yet"
         if self.folder.holds_checkpoint:
-            return f"the checkpoint in {self.folder.path} is as it was"
+            return f"the checkpoint in {self.folder.path} is unchanged"
         return "no epoch was finished yet"
 
 
@@ -338,14 +344,9 @@ def is_finished(run_dir: str | os.PathLike) -> bool:
 
 
 def run_job(
-    config: Config,
-    dataset: ImageDataset,
-    run_dir: str | os.PathLike,
-    *,
-    device: torch.device | None = None,
-    note: str = "",
+    config: Config, dataset: ImageDataset, run_dir: str | os.PathLike, *, device: torch.device | None = None
 ) -> dict:
-    """A whole run, from wherever ``run_dir`` stands; returns its metrics.
+    """Begin or continue a whole run in ``run_dir``; returns its metrics.
 
     Raises:
         Session10Error: see ``Job`` and its three steps.
@@ -353,4 +354,4 @@ def run_job(
     with Job(config, dataset, run_dir, device=device) as job:
         job.find_range()
         job.fit()
-        return job.finish(note).metrics
+        return job.finish().metrics

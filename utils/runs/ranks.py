@@ -1,10 +1,10 @@
 """Several processes, one run: ``torchrun --nproc-per-node 2 train.py`` on a machine with two GPUs.
 
-Every rank draws the same order and augmentation and takes its rows of each batch, so the batch stays what it is.
-Gradients are averaged by torch's DistributedDataParallel. Rank 0 alone finds the learning rates, tests, saves and speaks.
+Every rank draws the same order and augmentation and takes its rows of each batch, so the batch does not change.
+DistributedDataParallel averages the gradients. Only rank 0 finds the learning rates, tests, saves and prints.
 
-Batch norm normalizes each rank's rows by their own statistics, as a single GPU with half the batch would; the running
-statistics are rank 0's, which every step hands on.
+Batch norm normalizes each rank's rows by their own statistics, as one GPU with half the batch would; the running
+statistics are rank 0's, sent to all ranks at every step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import runtime
 from utils.engine import Metrics
 from utils.runtime import ConfigError
 
@@ -27,12 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone by default, and then nothing is exchanged.
-
-    Attributes:
-        rank: from 0.
-        world: how many there are.
-    """
+    """This process's ``rank``, from 0, among ``world`` processes; a single process exchanges nothing."""
 
     rank: int = 0
     world: int = 1
@@ -40,6 +36,11 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0 only."""
+        if self.is_first:
+            runtime.say(text)
 
     def share(self, value: T) -> T:
         """Rank 0's ``value``, on every rank."""
@@ -50,16 +51,16 @@ class Ranks:
         return box[0]
 
     def first_then_others(self, action: Callable[[], T]) -> T:
-        """``action()`` on rank 0 and then on the others, who find what it left behind, such as a download."""
+        """``action()`` on rank 0, then on the others, who find what it left, such as a download."""
         found = action() if self.is_first else None
         if self.world > 1:
             dist.barrier()
         return found if self.is_first else action()
 
-    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """``model``, with its gradients averaged over all ranks in each backward pass."""
+    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module | None:
+        """``model`` with its gradients averaged over all ranks in each backward pass; None for a single process."""
         if self.world == 1:
-            return model
+            return None
         index = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=index, gradient_as_bucket_view=True)
 
@@ -91,13 +92,10 @@ class _RowWeighted(nn.Module):
 
 
 def join_ranks(device_name: str) -> tuple[Ranks, str]:
-    """Join the processes that torchrun started, if it did.
+    """Join the processes that torchrun started, if it did; returns this process's rank and the device to pick.
 
     Args:
         device_name: as for ``runtime.pick_device``; with several processes "auto" and "cuda" become this rank's GPU.
-
-    Returns:
-        This process's place, and the device to pick.
 
     Raises:
         ConfigError: more processes than GPUs.

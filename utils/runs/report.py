@@ -1,6 +1,6 @@
 """From a finished run to what people read: metrics.json, training_logs.md, the README's tables, and Results/.
 
-Every number outside this module's output is generated from ``metrics.json``; a test fails when one drifts.
+Every number in the README and the log is generated from ``metrics.json``; a test fails if one drifts.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ from utils.runtime import ConfigError, Precision, Session10Error, write_atomical
 RESULTS = runtime.PROJECT_ROOT / "Results"
 METRICS_NAME, LOG_NAME = "metrics.json", "training_logs.md"
 RECIPE_TRAIN_IMAGES = 50_000
+TEST_BATCH = 500  # images at a time in the final test
+ORIGIN = (
+    "device",
+    "precision",
+    "world",
+    "versions",
+    "data",
+    "source",
+    "commit",
+)  # of the record, quoted in metrics.json
 
 # What others published for networks of this kind on CIFAR-10: (who, how, test accuracy, time on which hardware).
 PUBLISHED = (
@@ -68,7 +78,7 @@ class ResultsError(Session10Error):
     """Results that cannot be written or published; the message says what is kept."""
 
 
-# --- what a run is known by -------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def run_record(
@@ -77,9 +87,9 @@ def run_record(
     range_test_seconds: float,
     dataset: ImageDataset,
     precision: Precision,
-    world: int = 1,
+    world: int,
 ) -> dict:
-    """What is known before the first epoch, as plain JSON values: kept in every checkpoint, quoted with the results."""
+    """What is known before the first epoch, as plain JSON values; every checkpoint holds it, metrics.json quotes it."""
     return {
         "run_id": uuid.uuid4().hex,
         "config": config.to_dict(),
@@ -96,22 +106,19 @@ def run_record(
     }
 
 
-def final_test(
-    model: nn.Module, dataset: ImageDataset, device: torch.device, batch_size: int = 500
-) -> tuple[Predictions, Predictions]:
-    """Test the weights that are shipped: rounded to float16, computed in float32 without TF32.
+def final_test(model: nn.Module, dataset: ImageDataset, device: torch.device) -> tuple[Predictions, Predictions]:
+    """Test the shipped weights: rounded to float16, computed in float32 without TF32.
 
-    So the figure depends neither on the training precision nor, but for the odd tie, on the device; and the weights
-    file gives it back in any fresh process.
+    So the result depends neither on the training precision nor, except for rare ties, on the device, and the weights
+    file reproduces it in any new process.
 
     Returns:
         Predictions without and with flip TTA.
     """
     shipped = copy.deepcopy(model)
     shipped.load_state_dict(rounded_to_half(model.state_dict()))
-    loader = BatchedLoader(
-        dataset.test_images, dataset.test_labels, min(batch_size, len(dataset.test_labels)), device=device
-    )
+    batch_size = min(TEST_BATCH, len(dataset.test_labels))
+    loader = BatchedLoader(dataset.test_images, dataset.test_labels, batch_size, device=device)
     precision = Precision("fp32", torch.device(device))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         plain, mirrored = (predict(shipped, loader, precision=precision, tta=tta) for tta in (False, True))
@@ -119,7 +126,7 @@ def final_test(
 
 
 def closed_history(history: History, final: Predictions) -> History:
-    """A copy whose last test figures are those of the shipped weights, so that every document says the same."""
+    """A copy whose last test figures are the shipped weights', so that every document says the same."""
     return dataclasses.replace(
         history,
         test_loss=[*history.test_loss[:-1], final.loss],
@@ -141,9 +148,9 @@ def build_metrics(
 
     Args:
         record: from ``run_record``.
-        config: of the run.
+        config: the run's settings.
         history: from ``closed_history``.
-        weight_decay: what the optimizer used.
+        weight_decay: the optimizer's.
         plain, mirrored: from ``final_test``.
         classes: class names.
         note: a sentence for the log, such as what else the machine was doing.
@@ -165,21 +172,10 @@ def build_metrics(
         "lr_rule": record["lr_range"]["rule"],
         "weight_decay": weight_decay,
         "wall_seconds": float(sum(history.seconds)),
-        **{
-            name: record[name]
-            for name in (
-                "lr_range",
-                "range_test_seconds",
-                "device",
-                "precision",
-                "world",
-                "versions",
-                "data",
-                "source",
-                "commit",
-                "config",
-            )
-        },
+        "lr_range": record["lr_range"],
+        "range_test_seconds": record["range_test_seconds"],
+        **{name: record[name] for name in ORIGIN},
+        "config": record["config"],
         "history": history.to_dict(),
         "note": note,
     }
@@ -187,19 +183,18 @@ def build_metrics(
 
 
 def over_seeds(runs: Sequence[dict]) -> dict:
-    """The metrics that speak of several runs of one config: accuracies by seed, mean and standard deviation (n - 1)."""
-    values, tta_values = (
-        np.array([run[name] for run in runs], dtype=float) for name in ("test_accuracy", "test_accuracy_tta")
-    )
+    """The part of the metrics about several runs of one config: accuracy by seed, mean and standard deviation (n - 1)."""
+    names = ("test_accuracy", "test_accuracy_tta")
+    plain, mirrored = (np.array([run[name] for run in runs], dtype=float) for name in names)
     several = len(runs) > 1
     return {
         "seeds": [run["config"]["seed"] for run in runs],
-        "seed_accuracies": values.tolist(),
-        "seed_accuracies_tta": tta_values.tolist(),
-        "mean_accuracy": float(values.mean()),
-        "mean_accuracy_tta": float(tta_values.mean()),
-        "std_accuracy": float(values.std(ddof=1)) if several else None,
-        "std_accuracy_tta": float(tta_values.std(ddof=1)) if several else None,
+        "seed_accuracies": plain.tolist(),
+        "seed_accuracies_tta": mirrored.tolist(),
+        "mean_accuracy": float(plain.mean()),
+        "mean_accuracy_tta": float(mirrored.mean()),
+        "std_accuracy": float(plain.std(ddof=1)) if several else None,
+        "std_accuracy_tta": float(mirrored.std(ddof=1)) if several else None,
     }
 
 
@@ -210,7 +205,7 @@ def read_metrics(folder: str | os.PathLike = RESULTS) -> dict:
     """The content of a folder's ``metrics.json``.
 
     Raises:
-        ResultsError: there is none, or it is not what this project writes.
+        ResultsError: it is missing, or not what this project writes.
     """
     path = Path(folder) / METRICS_NAME
     try:
@@ -225,12 +220,12 @@ def read_metrics(folder: str | os.PathLike = RESULTS) -> dict:
 
 
 def write_metrics(folder: Path, metrics: dict) -> None:
-    """Write ``metrics.json``: a folder that has it holds a finished run, so this is written last."""
+    """Write ``metrics.json``, last of all results: a folder that has it holds a finished run."""
     write_atomically(folder / METRICS_NAME, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
 
 
 def check_publishable(config: Config, dataset: ImageDataset) -> None:
-    """Only the full recipe on CIFAR-10 may replace the figures that the README shows.
+    """Only the full recipe on CIFAR-10 may replace the numbers that the README shows.
 
     Raises:
         ConfigError: it names what differs.
@@ -250,57 +245,43 @@ def check_publishable(config: Config, dataset: ImageDataset) -> None:
 
 
 def publish(run_dir: str | os.PathLike, others: Iterable[str | os.PathLike] = ()) -> dict:
-    """Put a finished run into ``Results/``, ``training_logs.md`` and the README's tables.
+    """Put a finished run into ``Results/``, ``training_logs.md`` and the README's tables; returns the metrics there.
 
-    ``Results/`` is replaced as a whole, so that all that is in it is of this run.
+    ``Results/`` is replaced as a whole, so that everything in it comes from this run.
 
     Args:
         run_dir: of the run that is shown.
         others: folders of finished runs of the same config with other seeds, which count in the mean.
 
-    Returns:
-        The published metrics.
-
     Raises:
-        ResultsError: a run is not finished, or not of the same config and images.
+        ResultsError: a run is not finished, or differs in config or images.
     """
-    run_dir = Path(run_dir)
-    runs = [read_metrics(folder) for folder in (run_dir, *others)]
+    folders = [Path(run_dir), *others]
+    runs = [read_metrics(folder) for folder in folders]
     settings = [{**run["config"], "seed": None, "data": run["data"]} for run in runs]
-    for folder, other in zip((run_dir, *others), settings):
+    for folder, other in zip(folders, settings):
         if other != settings[0]:
             names = [name for name in other if other[name] != settings[0].get(name)]
             raise ResultsError(f"{folder} differs from {run_dir} in {', '.join(names)}: only equal runs make a mean")
     metrics = {**runs[0], **over_seeds(runs)}
 
-    finish_interrupted_replacement(RESULTS)
-    fresh = RESULTS.with_name(f".{RESULTS.name}.new")
+    old, fresh = (RESULTS.with_name(f".{RESULTS.name}.{suffix}") for suffix in ("old", "new"))
+    if old.exists() and not RESULTS.exists():  # an earlier call was killed between its two renames
+        os.replace(old, RESULTS)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    for path in (run_dir / WEIGHTS_NAME, *sorted(run_dir.glob("*.png"))):
+    for path in (folders[0] / WEIGHTS_NAME, *sorted(folders[0].glob("*.png"))):
         shutil.copy2(path, fresh)
     write_metrics(fresh, metrics)
-    replace_folder(fresh, RESULTS)
+    if RESULTS.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(RESULTS, old)
+    os.replace(fresh, RESULTS)
+    shutil.rmtree(old, ignore_errors=True)
     write_atomically(runtime.PROJECT_ROOT / LOG_NAME, training_log(metrics).encode())
-    update_readme(runtime.PROJECT_ROOT / "README.md", metrics)
+    readme = runtime.PROJECT_ROOT / "README.md"
+    write_atomically(readme, render_readme(readme.read_text(encoding="utf-8"), metrics).encode())
     return metrics
-
-
-def replace_folder(fresh: Path, target: Path) -> None:
-    """Put ``fresh`` in the place of ``target``: at any moment one of the two is whole, here or under its other name."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(fresh, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def finish_interrupted_replacement(target: Path) -> None:
-    """After a kill between the two renames of ``replace_folder``, put the old folder back."""
-    old = target.with_name(f".{target.name}.old")
-    if old.exists() and not target.exists():
-        os.replace(old, target)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -311,26 +292,26 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], alig
 
     Args:
         header: column names.
-        rows: as many cells each.
-        align: a letter a column, "l" or "r"; all left where it is shorter.
+        rows: one cell per column.
+        align: "l" or "r" for each column; missing ones are left-aligned.
     """
     rules = ["---:" if letter == "r" else "---" for letter in align.ljust(len(header), "l")]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in (header, rules, *rows))
 
 
 def training_log(metrics: dict) -> str:
-    """training_logs.md: the run's circumstances, then every epoch."""
+    """training_logs.md: hardware, versions and data of the run, then every epoch."""
     history = History(**metrics["history"])
     lines = [
         "# Training logs",
         "",
-        "Generated from the run's history; nothing here is edited by hand.",
+        "Generated from the run's history; do not edit by hand.",
         "",
         f"- {setup_sentence(metrics)}",
         f"- Commit of the code: `{metrics['commit']}`",
-        "- Losses are mean cross-entropy per image, without label smoothing. Train figures are of augmented images while "
-        "the weights move; test figures are of the averaged weights. The last epoch's are those of the weights in "
-        f"`{WEIGHTS_NAME}`.",
+        "- Losses are mean cross-entropy per image, without label smoothing. Train values are measured on augmented images "
+        "while the weights change; test values belong to the averaged weights. Those of the last epoch belong to the "
+        f"weights in `{WEIGHTS_NAME}`.",
         *([f"- {metrics['note']}"] if metrics.get("note") else []),
         "",
         "```",
@@ -415,28 +396,19 @@ def readme_blocks(metrics: dict) -> dict[str, str]:
     }
 
 
-def update_readme(path: Path, metrics: dict) -> None:
-    """Rewrite the README's generated parts, each between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
+def render_readme(text: str, metrics: dict) -> str:
+    """``text`` with its generated parts, each between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``, updated.
 
     Raises:
-        ValueError: a part's markers are missing.
+        ValueError: a part's markers are missing or doubled.
     """
-    write_atomically(path, render_readme(path.read_text(encoding="utf-8"), metrics).encode())
-
-
-def render_readme(text: str, metrics: dict) -> str:
-    """``text`` with its generated parts made anew from ``metrics``."""
     for name, block in {**readme_blocks(metrics), "summary": f"```\n{model_summary()}\n```"}.items():
         text = replace_block(text, name, block)
     return text
 
 
 def replace_block(text: str, name: str, block: str) -> str:
-    """``text`` with one generated part replaced.
-
-    Raises:
-        ValueError: the part's markers are missing or doubled.
-    """
+    """``text`` with one generated part replaced; ValueError unless it has exactly one place."""
     pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)"
     text, found = re.subn(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL)
     if found != 1:
@@ -445,7 +417,7 @@ def replace_block(text: str, name: str, block: str) -> str:
 
 
 def model_summary() -> str:
-    """torchsummary's table of the network (which gets a copy in eval mode: it runs a batch through it)."""
+    """torchsummary's table of the network, in eval mode because torchsummary runs a batch through it."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), torch.random.fork_rng(devices=[]):
         summary(CustomResNet().eval(), (3, IMAGE_SIZE, IMAGE_SIZE), device="cpu")

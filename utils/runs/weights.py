@@ -20,7 +20,7 @@ from utils.runtime import ConfigError, Session10Error, write_atomically
 
 WEIGHTS_NAME = "custom_resnet.safetensors"
 HEADER_KEY = "session10"
-NETWORK_SETTINGS = ("width", "logit_scale", "residual", "conv_padding")  # of Config: what the weights alone do not tell
+NETWORK_SETTINGS = ("width", "logit_scale", "residual", "conv_padding")  # of Config; the tensors alone do not show them
 
 
 class WeightsError(Session10Error):
@@ -28,46 +28,49 @@ class WeightsError(Session10Error):
 
 
 def rounded_to_half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Float tensors rounded to what float16 can hold, on the CPU; others as they are."""
-    return {
-        name: value.detach().cpu().half() if value.is_floating_point() else value.detach().cpu().clone()
-        for name, value in weights.items()
-    }
+    """The tensors on the CPU, contiguous, with floats rounded to float16."""
+    rounded = {}
+    for name, value in weights.items():
+        value = value.detach().cpu()
+        rounded[name] = (value.half() if value.is_floating_point() else value).contiguous()
+    return rounded
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike, metadata: dict) -> None:
-    """Write the weights as float16 safetensors, 13 MB, atomically, with a checksum in the file's header.
+    """Write the weights atomically as float16 safetensors, 13 MB, with a checksum in the file's header.
 
     Args:
         model: its ``state_dict`` is written.
         path: ends in ``.safetensors``.
-        metadata: JSON values for the header: ``classes``, a list of names, is needed to load the file again, and those
-            of ``NETWORK_SETTINGS`` that are not the recipe's; anything else may be told too.
+        metadata: JSON values for the header. ``load_model`` needs ``classes``, a list of names, and those of
+            ``NETWORK_SETTINGS`` that differ from the recipe; the rest is free.
 
     Raises:
         WeightsError: a weight is not finite, or too large for float16.
     """
-    half = {name: value.contiguous() for name, value in rounded_to_half(model.state_dict()).items()}
+    half = rounded_to_half(model.state_dict())
     _check_finite(half, path)
-    # One key only: safetensors writes several in an order that changes from call to call, and the bytes with it.
+    # A single key: safetensors writes several in an order that changes from call to call, and so the file's bytes.
     header = json.dumps({**metadata, "sha256": _digest(half, metadata)}, sort_keys=True)
     write_atomically(Path(path), save(half, metadata={HEADER_KEY: header}))
 
 
 def load_model(path: str | os.PathLike) -> tuple[CustomResNet, dict]:
-    """The network that a weights file holds, in float32 on the CPU and in eval mode, and the file's metadata.
+    """The network in a weights file, in float32 on the CPU and in eval mode, and the file's metadata.
 
     Raises:
-        WeightsError: the file is missing, damaged, no safetensors, or not of this network.
+        WeightsError: the file is missing, damaged, not safetensors, or not of this network.
     """
     path = Path(path)
     weights, metadata = _read(path)
     classes = metadata.get("classes")
     if not (isinstance(classes, list) and len(classes) >= 2 and all(isinstance(name, str) for name in classes)):
-        raise WeightsError(f"{path} does not name its classes, so it was not written by this project: use such a file")
+        raise WeightsError(
+            f"{path} does not name its classes, so this project did not write it: use a file that it wrote"
+        )
     try:
         config = Config(**{name: metadata[name] for name in NETWORK_SETTINGS if name in metadata})
-        with torch.device("meta"):  # no memory for whatever width it names, and no random numbers drawn
+        with torch.device("meta"):  # allocates nothing, whatever the width, and draws no random numbers
             model = engine.build_model(config, len(classes))
     except (ConfigError, RuntimeError, OverflowError) as error:
         raise WeightsError(f"{path} describes a network that cannot be built ({error}): get a fresh copy") from error
@@ -83,18 +86,17 @@ def load_model(path: str | os.PathLike) -> tuple[CustomResNet, dict]:
     if metadata.get("sha256") != _digest(weights, metadata):
         raise WeightsError(f"{path} is damaged: its content does not match its checksum; get a fresh copy")
     _check_finite(weights, path)
-    model.load_state_dict(
-        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}, assign=True
-    )
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    model.load_state_dict(weights, assign=True)
     return model.eval(), metadata
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """A safetensors file's tensors, and what this project wrote into its header (empty where it is not ours)."""
+    """A safetensors file's tensors, and what this project wrote into its header (empty if another program wrote it)."""
     if not path.exists():
         raise WeightsError(f"no weights at {path}: train first, or check the path")
     if not path.is_file():
-        raise WeightsError(f"{path} is no file: name the weights file itself, such as {path / WEIGHTS_NAME}")
+        raise WeightsError(f"{path} is not a file: name the weights file itself, such as {path / WEIGHTS_NAME}")
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -119,9 +121,9 @@ def _check_finite(weights: dict[str, Tensor], path: str | os.PathLike) -> None:
 
 
 def _digest(weights: dict[str, Tensor], metadata: dict) -> str:
-    """SHA-256 over every tensor and all of the metadata but the checksum itself."""
-    told = {name: value for name, value in metadata.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    """SHA-256 of every tensor and of the metadata without the checksum itself."""
+    described = {name: value for name, value in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())

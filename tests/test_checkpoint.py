@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import signal
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from tests.small_runs import (
     arguments,
     at_step,
     die,
+    epochs_kept,
     identical,
     in_save,
     outcome,
@@ -109,6 +111,22 @@ def job(tmp_path, toy, monkeypatch):
     with job() as first:
         first.find_range()
     return job
+
+
+@pytest.mark.parametrize("again", ["the cell of the range test", "the cell of the training"])
+def test_an_interrupted_cell_run_again_continues_from_the_checkpoint(tmp_path, toy, job, again, monkeypatch):
+    with Job(tiny_config(train_images=None, test_images=None), toy, tmp_path / "left-alone") as expected:
+        expected.fit()
+    with job() as interrupted, monkeypatch.context() as patch:
+        at_step(STEPS + 7, lambda: signal.raise_signal(signal.SIGINT), patch.setattr)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit()
+        if again == "the cell of the range test":
+            interrupted.find_range()
+        interrupted.fit()
+        interrupted.find_range()
+    assert identical(interrupted.state.model.state_dict(), expected.state.model.state_dict())
+    assert epochs_kept(tmp_path / "run") == EPOCHS
 
 
 def refused(job: Job) -> str:

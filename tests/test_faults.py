@@ -320,6 +320,22 @@ left = Left()
 del left
 time.sleep(20)
 """
+IN_A_LOCK = """
+import atexit, threading
+lock, over = threading.Lock(), []
+atexit.register(over.append, True)
+
+class WaitsForTheLock:
+    def __del__(self):
+        over or lock.acquire()
+
+def work(loader):
+    lock.acquire()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+
+work(WaitsForTheLock())
+"""
 IN_A_NEW_LOADER = """
 if os.fork() == 0:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -331,14 +347,18 @@ assert os.waitstatus_to_exitcode(status) == 143
 
 @pytest.mark.parametrize(
     ("work", "code", "words"),
-    [(DROPPED, 130, "work: interrupted; all that was there\n"), (IN_A_NEW_LOADER, 0, "")],
-    ids=["Python dropped it", "a loader process had just started"],
+    [
+        (DROPPED, 130, "work: interrupted; all that was there\n"),
+        (IN_A_LOCK, 130, "work: interrupted; all that was there\n"),
+        (IN_A_NEW_LOADER, 0, ""),
+    ],
+    ids=["Python dropped it", "it left a lock closed", "a loader process had just started"],
 )
 def test_an_interrupt_is_answered_once_by_the_run_itself(work, code, words):
     program = (
         "import os, signal, sys, time\nfrom utils.runs.door import run_door\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"sys.exit(run_door('work', lambda: exec({work!r}), lambda: 'all that was there'))"
+        f"sys.exit(run_door('work', lambda: exec({work!r}, globals()), lambda: 'all that was there'))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=PROJECT_ROOT)
     assert (done.returncode, done.stderr) == (code, words)

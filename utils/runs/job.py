@@ -205,6 +205,8 @@ class Job:
         """
         if self.state is not None:
             return self.lr_range
+        if self._record is not None and self._checkpoint is None:  # `fit` was interrupted
+            self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
         if self._record is None:
             if self.ranks.is_first:
                 began = time.perf_counter()
@@ -238,9 +240,7 @@ class Job:
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the epochs before are kept.
         """
-        if self.state is None:
-            self._checkpoint = self.ranks.share(self.folder.load() if self.ranks.is_first else None)
-            self.find_range()
+        self.find_range()
         try:
             return engine.fit(
                 self.state,

@@ -72,7 +72,6 @@ def rewritten(path, name: str, change=None, **about) -> None:
         (lambda value: value.to(torch.float8_e4m3fn), r"fc.bias as torch.float8_e4m3fn"),
         (lambda value: value > 0, r"fc.bias as torch.bool"),
         (lambda value: value.to(torch.int8), r"fc.bias as torch.int8"),
-        (lambda value: value.to(torch.complex64), r"fc.bias as torch.complex64"),
         (lambda value: value[:2], r"another model \(fc.bias is \(2,\) there, \(3,\) here\)"),
         (lambda value: value + 1, r"is damaged: its content does not match its checksum"),
     ],

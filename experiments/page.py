@@ -159,7 +159,8 @@ def runs_table(records: Sequence[dict]) -> str:
             row += [f"{record['test_loss']:.4f}", f"{record['train_accuracy']:.2f}"]
             row += [f"{record['lr_min']:.1e}", f"{record['lr_max']:.1e}", f"{record['wall_seconds'] / 60:.1f}"]
         rows.append(row)
-    return f"# Every run that was made\n\nMinutes are wall time, including whatever else the machine did.\n\n{markdown_table((*settings, *results), rows)}\n"
+    note = "Minutes are wall time, including whatever else the machine did."
+    return f"# Every run that was made\n\n{note}\n\n{markdown_table((*settings, *results), rows)}\n"
 
 
 def draw(records: Sequence[dict]) -> dict[str, Figure]:

@@ -37,6 +37,7 @@ def planned(part, *argv, precision="bf16"):
     return speed.make_parts(args, CPU, precision)[part]
 
 
+@pytest.mark.slow
 def test_every_part_has_its_baseline_and_ours(output):
     _, result = output
     usual = ["usual way, fp32, replicated borders", "usual way, fp32, zero padding"]
@@ -47,6 +48,7 @@ def test_every_part_has_its_baseline_and_ours(output):
     assert list(rows_of(result, "augmentation")) == loaders
 
 
+@pytest.mark.slow
 def test_every_row_holds_its_numbers_and_every_number_its_unit(output):
     _, result = output
     numbers = {"images_per_second", "images_per_core_second", "seconds_per_epoch", "gflop_per_second", "speedup"}
@@ -69,6 +71,7 @@ def test_every_row_holds_its_numbers_and_every_number_its_unit(output):
     assert ours["seconds_per_epoch"]["max"] == pytest.approx(50_000 / rate["min"])
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_row_and_the_machine(output):
     table, result = output
     lines = [line for line in table.splitlines() if line.startswith("|") and "MiB" in line]
@@ -108,6 +111,7 @@ def test_a_row_that_fails_says_why_and_the_others_go_on():
     assert "failed: " in speed.markdown_table(stored)
 
 
+@pytest.mark.slow
 def test_everything_for_a_gpu_is_one_command_that_goes_on_where_it_stopped(image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CIFAR10_DIR", str(image_folder))
     argv = [*QUICK, "--num-workers", "0", "--out", str(tmp_path)]

@@ -16,7 +16,7 @@ help:
 	@echo "                  ARGS=--new starts over, ARGS=--publish puts a full run into Results/"
 	@echo "make lab          open the notebook in JupyterLab"
 	@echo "make test         all checks"
-	@echo "make check        lint and the fast tests, 90 seconds"
+	@echo "make check        lint and the fast tests, 2 to 3 minutes"
 	@echo "make lint         ruff's checks and formatting, without changing anything"
 	@echo "make fuzz         damaged files and interrupted runs, for 10 minutes"
 	@echo "make bench        measure this machine: our pipeline and the usual one (into runs/bench/)"

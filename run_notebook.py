@@ -28,7 +28,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from utils import config as configs
 from utils.runs.door import run_door
-from utils.runtime import PROJECT_ROOT, Session10Error, pick_device, say, write_atomically
+from utils.runtime import PROJECT_ROOT, Session10Error, pick_device, say, write_atomically, write_json
 
 NOTEBOOK = PROJECT_ROOT / "Session10.ipynb"
 RUNS = PROJECT_ROOT / "runs"
@@ -119,8 +119,7 @@ def choose_folder(runs: Path, settings: dict, new: bool = False) -> tuple[Path, 
 
 def write_record(folder: Path, settings: dict, finished: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "finished": finished}
-    write_atomically(folder / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    write_json(folder / RECORD_NAME, {"settings": settings, "finished": finished})
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from benchmarks.speed import (
     describe_machine,
     fill_in,
     markdown_table,
-    write_json,
 )
 from benchmarks.workloads import RowError, Worker, Workload, make_pass, timed
 from utils import engine
@@ -40,7 +39,7 @@ from utils.dataset import load_dataset
 from utils.loaders import make_loaders
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.door import run_door
-from utils.runtime import pick_device, pick_precision, say, seed_everything, write_atomically
+from utils.runtime import pick_device, pick_precision, say, seed_everything, write_atomically, write_json
 
 LRS = (1e-3, 1e-2)  # no range test: the LRs do not change the speed
 FILE_NAME = "gpu.json"
@@ -163,6 +162,7 @@ def measure_all(args: argparse.Namespace) -> dict:
     began = time.monotonic()
     device = pick_device(args.device)
     fill_in(args, device)
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / FILE_NAME
     machine = describe_machine(args, device)
     result = {"machine": machine, "how": "each row in a process of its own", "rows": []}

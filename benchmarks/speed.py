@@ -42,6 +42,7 @@ from utils.runtime import (
     say,
     set_threads,
     write_atomically,
+    write_json,
 )
 
 # The measuring processes inherit both. Results cached by an earlier run must not shorten a first pass that compiles.
@@ -406,11 +407,6 @@ def publish(files: Sequence[Path], readme: Path = PROJECT_ROOT / "README.md") ->
     write_atomically(readme, text.encode())
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
 def run(args: argparse.Namespace) -> None:
     """The whole command."""
     if args.publish:
@@ -421,6 +417,7 @@ def run(args: argparse.Namespace) -> None:
     fill_in(args, device)
     machine = describe_machine(args, device)
     say(", ".join(f"{name} {value}" for name, value in {"device": machine["device"], **machine["versions"]}.items()))
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{'scaling' if args.scaling else 'speed'}-{device.type}.json"
     result = {"machine": machine, **(measure_scaling if args.scaling else compare)(args, device, precision)}
     write_json(path, result)

@@ -18,5 +18,5 @@ the work: on two cores, two of them with ``--threads 1`` are faster than one wit
 
 Files, in RUNS/results or, with ``--publish``, in experiments/results: ``runs.json`` (a record of each run that was
 made, on any machine, including failed ones), ``runs.md`` (a line a run), ``README.md`` (the page to read) and its
-figures.
+figures. ``--publish`` also updates the project's README.
 """

@@ -21,6 +21,7 @@ from utils.runs.door import run_door
 from utils.runtime import Session10Error, say
 
 RESULTS = runtime.PROJECT_ROOT / "experiments" / "results"
+README = runtime.PROJECT_ROOT / "README.md"
 
 
 def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[Run]:
@@ -70,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--publish",
         action="store_true",
-        help="write experiments/results; with seeds and all, once every seed is there, also Results/ and the README",
+        help="write experiments/results and its part of the README; with seeds and all, once every seed is there, also Results/",
     )
     args = parser.parse_args(argv)
     if args.seeds is not None and args.seeds < 1:
@@ -105,7 +106,11 @@ def run(args: argparse.Namespace) -> None:
             say(f"{name}, width {stages[name].width}:")
             left = left or campaign.work(plan(stages, name, current_records()[1]), args.budget_minutes)
     finally:
-        page.write_results(results, *current_records())  # an interrupted command shows what it has made
+        records, current = current_records()
+        page.write_results(results, records, current)  # an interrupted command shows what it has made
+        if args.publish:
+            text = report.replace_block(README.read_text("utf-8"), "experiments", page.readme_part(current))
+            runtime.write_atomically(README, text.encode())
     say(f"tables and figures: {results / page.PAGE_NAME}")
     if args.publish and args.command in ("seeds", "all") and not left:
         first, *others = (campaign.folder(one) for one in plan(stages, "seeds", []))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.variants import EMA_ALSO, Variant
+from experiments.variants import EMA_ALSO, EMA_DECAY, Variant
 from utils import runtime
 from utils.config import Config, full, quick
 from utils.dataset import ImageDataset
@@ -24,7 +24,7 @@ from utils.runs.checkpoint import differences
 from utils.runs.folder import RunLockedError
 from utils.runs.job import is_finished, run_job
 from utils.runs.report import duration, read_metrics
-from utils.runtime import ConfigError, Session10Error, say, write_atomically
+from utils.runtime import ConfigError, Session10Error, say, write_json
 
 VARIANT_NAME, FAILED_NAME, LOG_NAME = "variant.json", "failed.json", "log.txt"
 FOLDS = 10  # seeds that differ by a multiple of it hold out the same images
@@ -49,11 +49,12 @@ class Stage:
     changes: dict = dataclasses.field(default_factory=dict)  # further settings of all its runs
 
 
+BEFORE = {"ema_decay": EMA_DECAY}  # besides the factors: so runs stay comparable, whatever is frozen later
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("screen", width=32, holdout=10_000, first_seed=0, seeds=1, changes={"ema_also": EMA_ALSO}),
-        Stage("confirm", width=64, holdout=5_000, first_seed=50, seeds=3),
+        Stage("screen", width=32, holdout=10_000, first_seed=0, seeds=1, changes=BEFORE | {"ema_also": EMA_ALSO}),
+        Stage("confirm", width=64, holdout=5_000, first_seed=50, seeds=3, changes=BEFORE),
         Stage("seeds", width=64, holdout=0, first_seed=100, seeds=5),
         Stage("ablations", width=64, holdout=0, first_seed=100, seeds=3),
     )
@@ -241,7 +242,3 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Session10Error(f"{path} cannot be read ({error}): delete its folder, or get a fresh copy") from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -12,7 +12,6 @@ import itertools
 import json
 from pathlib import Path
 
-from experiments.campaign import write_json
 from utils import lesson, runtime
 from utils.dataset import ImageDataset, load_dataset
 from utils.runs import machine
@@ -47,7 +46,7 @@ def run_all(dataset: ImageDataset, out: Path, settings: dict) -> dict:
         curve = lesson.training_error(small, depth, skip, epochs=settings["epochs"], lr=lr, seed=seed)
         loss, error = curve.T.round(4).tolist()
         stored["runs"].append({"seed": seed, "lr": lr, "depth": depth, "skip": skip, "loss": loss, "error": error})
-        write_json(out, stored)
+        runtime.write_json(out, stored)
         kind = "residual" if skip else "plain"
         runtime.say(f"seed {seed}, LR {lr:g}, {kind} {depth} layers: train error {error[-1]:.1f}%")
     return stored

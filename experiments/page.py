@@ -21,6 +21,10 @@ RECORDS_NAME, RUNS_NAME, PAGE_NAME = "runs.json", "runs.md", "README.md"
 FROZEN = ("<!-- written by hand -->", "<!-- end -->")
 NOT_FROZEN = "Nothing is frozen yet."
 MEASURES = {"score": "accuracy, mean of plain and flip TTA (points)", "test_loss": "cross-entropy (nats)"}
+ALT = {
+    "screen": "The screen: what each setting adds to the accuracy, with standard errors",
+    "ablations": "Ablations: test accuracy without one part of the recipe, compared with the whole",
+}
 PAGE = f"""# How the recipe was found
 
 Generated from [runs.json]({RECORDS_NAME}) by `python -m experiments table`; only the part on what was frozen is
@@ -190,11 +194,26 @@ def draw(records: Sequence[dict]) -> dict[str, Figure]:
     return figures
 
 
+def readme_part(records: Sequence[dict]) -> str:
+    """The README's part on the experiments, in Markdown: what is finished of the screen and of the ablations."""
+    parts, folder = [], "experiments/results/"
+    if _screen_answers(records):
+        done = _done(records, "screen")
+        parts += [
+            f"Eleven settings were tried together in {len(done)} runs, each with {_about(done)}. A dot shows what a setting "
+            "adds, averaged over many combinations of the other ten, and the bar its standard error:",
+            _picture("screen", folder),
+        ]
+    if differences(records, "ablations", "test_accuracy"):
+        parts += ["### What each part is worth", _variants_section(records, "ablations"), _picture("ablations", folder)]
+    return "\n\n".join(parts)
+
+
 def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
     """The page's Markdown, from the current records, the count of all records, and the hand-written part."""
     sections = {stage: _variants_section(records, stage) for stage in ("confirm", "seeds", "ablations")}
     if differences(records, "ablations", "test_accuracy"):
-        sections["ablations"] += "\n\n![Ablations: test accuracy without one part of the recipe](ablations.png)"
+        sections["ablations"] += "\n\n" + _picture("ablations")
     return PAGE.format(count=count, frozen=frozen, screen=_screen_section(records), **sections)
 
 
@@ -215,7 +234,7 @@ def _screen_section(records: Sequence[dict]) -> str:
         f"Main effects, from {len(done)} runs by least squares (label smoothing itself changes the cross-entropy, "
         "whatever the accuracy does):",
         markdown_table(header, rows),
-        "![The screen: what each setting does](screen.png)",
+        _picture("screen"),
     ]
     return "\n\n".join([*parts, *_averages(done)])
 
@@ -260,12 +279,22 @@ def _variants_section(records: Sequence[dict], stage: str) -> str:
                 shows[name],
             ]
         )
+    header = ("Variant", "Seeds", "Accuracy", "Flip TTA", "Loss", "Difference", "with TTA", "Shows")
+    return f"{_about(done)}. Differences are paired by seed.\n\n{markdown_table(header, rows)}"
+
+
+def _about(records: Sequence[dict]) -> str:
+    """The images and the width of finished runs."""
     about = {
         f"{r['train_images']:,} train and {r['test_images']:,} {r['split']} images, width {r['config']['width']}"
-        for r in done
+        for r in records
     }
-    header = ("Variant", "Seeds", "Accuracy", "Flip TTA", "Loss", "Difference", "with TTA", "Shows")
-    return f"{'; '.join(sorted(about))}. Differences are paired by seed.\n\n{markdown_table(header, rows)}"
+    return "; ".join(sorted(about))
+
+
+def _picture(stage: str, folder: str = "") -> str:
+    """The Markdown for a stage's figure."""
+    return f"![{ALT[stage]}]({folder}{stage}.png)"
 
 
 def _spread(values: Sequence[float], decimals: int = 2) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.effects import Effect
 
+EMA_DECAY = 0.99  # of the recipe before the screen
 EMA_ALSO = (0.98, 0.995, 0.998)  # more averages of the weights, tested at no cost in each run of the screen
 BASE_RUNS = 4  # of each replicate of the screen: one is the design's last row, the others show the noise
 

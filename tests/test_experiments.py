@@ -17,6 +17,7 @@ from experiments.campaign import STAGES, Campaign, Run, all_records
 from experiments.effects import Effect, main_effects, paired
 from utils.config import full
 from utils.engine import NonFiniteLossError
+from utils.runs import report
 from utils.runs.folder import RunLockedError
 from utils.runtime import Session10Error
 
@@ -235,6 +236,8 @@ def test_no_run_begins_when_the_time_is_up(campaign, trained, capsys):
 def execute(toy, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(command, "load_dataset", lambda folder: toy)
     monkeypatch.setattr(command, "RESULTS", tmp_path / "published")
+    monkeypatch.setattr(command, "README", tmp_path / "README.md")
+    command.README.write_text("old\n<!-- generated: experiments -->\n<!-- end: experiments -->\n", encoding="utf-8")
     return lambda *args: command.main([*args, "--small", "--runs", str(tmp_path / "runs")])
 
 
@@ -282,3 +285,26 @@ def test_publishing_shows_the_first_seed_among_all(execute, trained, tmp_path, m
     ((first, others),) = published
     assert [first.name, *(other.name for other in others)] == ["seeds-64-recipe-seed100", "seeds-64-recipe-seed101"]
     assert (tmp_path / "published" / "runs.json").exists()
+
+
+def test_the_readme_shows_what_is_finished(execute, trained, tmp_path):
+    arguments = ["ablations", "--publish", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    assert command.main([*arguments, "--budget-minutes", "0"]) == 0
+    empty = "old\n<!-- generated: experiments -->\n\n<!-- end: experiments -->\n"
+    assert command.README.read_text(encoding="utf-8") == empty
+    assert command.main(arguments) == 0
+    text = command.README.read_text(encoding="utf-8")
+    assert "| no cutout | 1 | 89.52 | 89.92 | 0.5240 | -0.50 | -0.50 | what cutout buys |" in text
+    assert "(experiments/results/ablations.png)" in text
+    assert "screen.png" not in text
+
+
+def test_the_published_page_and_readme_are_what_the_records_say(tmp_path):
+    published = json.loads((command.RESULTS / page.RECORDS_NAME).read_text(encoding="utf-8"))
+    current = [record for record in published if Campaign(None, tmp_path, CPU).is_current(record)]
+    readme = command.README.read_text(encoding="utf-8")
+    assert report.replace_block(readme, "experiments", page.readme_part(current)) == readme
+    assert (command.RESULTS / page.RUNS_NAME).read_text(encoding="utf-8") == page.runs_table(published)
+    stored = (command.RESULTS / page.PAGE_NAME).read_text(encoding="utf-8")
+    by_hand = stored.partition(page.FROZEN[0] + "\n")[2].partition("\n" + page.FROZEN[1])[0]
+    assert stored == page.render_page(current, len(published), by_hand)

@@ -139,11 +139,16 @@ def test_seeding_repeats_every_global_generator():
     assert draw() == draw()
 
 
-def test_versions_and_device_name_describe_this_machine():
+def test_versions_describe_this_machine():
     versions = machine.versions()
     assert versions["torch"] == torch.__version__
     assert versions["numpy"] == np.__version__
-    assert f"{torch.get_num_threads()} threads" in runtime.device_name(CPU)
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "CPU, 1 thread"), (4, "CPU, 4 threads")])
+def test_a_cpu_is_named_with_its_threads(monkeypatch, threads, words):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert runtime.device_name(CPU).endswith(words)
 
 
 def test_a_gpu_that_triton_does_not_support_is_refused_before_anything_is_compiled(monkeypatch):

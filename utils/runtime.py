@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import json
 import os
 import platform
 import random
@@ -200,7 +201,8 @@ def device_name(device: torch.device) -> str:
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), name)
-    return f"{name} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -244,3 +246,13 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace ``path``, like ``write_atomically``, with indented JSON.
+
+    Raises:
+        OSError: as ``write_atomically``.
+        ValueError: ``content`` holds NaN or an infinite number, which JSON does not know.
+    """
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

@@ -33,7 +33,7 @@ from utils.loaders import BatchedLoader
 from utils.lr_finder import LRRange
 from utils.runs import machine
 from utils.runs.weights import WEIGHTS_NAME, rounded_to_half
-from utils.runtime import ConfigError, Precision, Session10Error, write_atomically
+from utils.runtime import ConfigError, Precision, Session10Error, write_atomically, write_json
 
 RESULTS = runtime.PROJECT_ROOT / "Results"
 METRICS_NAME, LOG_NAME = "metrics.json", "training_logs.md"
@@ -221,7 +221,7 @@ def read_metrics(folder: str | os.PathLike = RESULTS) -> dict:
 
 def write_metrics(folder: Path, metrics: dict) -> None:
     """Write ``metrics.json``, last of all results: a folder that has it holds a finished run."""
-    write_atomically(folder / METRICS_NAME, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    write_json(folder / METRICS_NAME, metrics)
 
 
 def check_publishable(config: Config, dataset: ImageDataset) -> None:

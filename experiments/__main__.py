@@ -13,14 +13,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # one line a run says enough
 
 from experiments import __doc__ as description
 from experiments import page, variants
-from experiments.campaign import FOLDS, STAGES, Campaign, Run, Stage, all_records, read_json
+from experiments.campaign import FOLDS, STAGES, Campaign, Run, Stage, all_records
 from utils import runtime
 from utils.dataset import load_dataset
 from utils.runs import report
 from utils.runs.door import run_door
 from utils.runtime import Session10Error, say
 
-RESULTS = runtime.PROJECT_ROOT / "experiments" / "results"
 README = runtime.PROJECT_ROOT / "README.md"
 
 
@@ -90,26 +89,24 @@ def run(args: argparse.Namespace) -> None:
     given = {"width": args.width, "seeds": args.seeds}
     given = {name: value for name, value in given.items() if value is not None}
     stages = {name: dataclasses.replace(stage, **given) for name, stage in STAGES.items()}
-    published = RESULTS / page.RECORDS_NAME
-    known = read_json(published) if published.exists() and not args.small else []
+    known = [] if args.small else page.published()
     device = runtime.pick_device(args.device)
     campaign = Campaign(lambda: load_dataset(args.data_dir), args.runs, device, small=args.small, records=known)
-    results = RESULTS if args.publish else args.runs / "results"
+    results = page.RESULTS if args.publish else args.runs / "results"
 
-    def current_records() -> tuple[list[dict], list[dict]]:
-        records = all_records(args.runs, known)
-        return records, [record for record in records if campaign.is_current(record)]
+    def shown() -> list[dict]:
+        return page.comparable(all_records(args.runs, known), args.small)
 
     left = 0
     try:
         for name in {"all": list(STAGES), "table": []}.get(args.command, [args.command]):
             say(f"{name}, width {stages[name].width}:")
-            left = left or campaign.work(plan(stages, name, current_records()[1]), args.budget_minutes)
+            left = left or campaign.work(plan(stages, name, shown()), args.budget_minutes)
     finally:
-        records, current = current_records()
-        page.write_results(results, records, current)  # an interrupted command shows what it has made
+        # Also after an interruption: what is made is shown.
+        page.write_results(results, all_records(args.runs, known), args.small)
         if args.publish:
-            text = report.replace_block(README.read_text("utf-8"), "experiments", page.readme_part(current))
+            text = report.replace_block(README.read_text("utf-8"), "experiments", page.readme_part(shown()))
             runtime.write_atomically(README, text.encode())
     say(f"tables and figures: {results / page.PAGE_NAME}")
     if args.publish and args.command in ("seeds", "all") and not left:

@@ -73,6 +73,23 @@ class Run:
         return f"{self.stage.name}, {self.variant.name}, seed {self.seed}"
 
 
+def config_of(run: Run, small: bool = False) -> Config:
+    """The run's settings. Only the runs of ``seeds``, one of which is published, are tested after every epoch."""
+    changes = {"seed": run.seed, "width": run.stage.width, **run.stage.changes, **run.variant.changes}
+    if small:
+        tiny = dict(train_images=None, test_images=None, batch_size=16, epochs=3, peak_epoch=1, range_test_steps=40)
+        return quick(**{**tiny, **changes, "width": 8, "eval_every": 3})
+    config = full(**changes)
+    return config if run.stage.name == "seeds" else dataclasses.replace(config, eval_every=config.epochs)
+
+
+def is_current(record: dict, small: bool = False) -> bool:
+    """False for the record of an older recipe, design or stage; its width does not matter."""
+    stage = dataclasses.replace(STAGES[record["stage"]], width=record["config"]["width"])
+    run = Run(stage, Variant(record["variant"], record["shows"], record["changes"]), record["seed"])
+    return not differences(record["config"], config_of(run, small))
+
+
 @dataclass
 class Campaign:
     """Makes runs, and knows those that were made here or, by their records, elsewhere."""
@@ -103,24 +120,9 @@ class Campaign:
     def _split(self, holdout: int, fold: int) -> ImageDataset:
         return self.dataset.holdout(40 if self.small else holdout, seed=fold) if holdout else self.dataset
 
-    def config(self, run: Run) -> Config:
-        """The run's settings. Only the runs of ``seeds``, one of which is published, are tested after every epoch."""
-        changes = {"seed": run.seed, "width": run.stage.width, **run.stage.changes, **run.variant.changes}
-        if self.small:
-            tiny = dict(train_images=None, test_images=None, batch_size=16, epochs=3, peak_epoch=1, range_test_steps=40)
-            return quick(**{**tiny, **changes, "width": 8, "eval_every": 3})
-        config = full(**changes)
-        return config if run.stage.name == "seeds" else dataclasses.replace(config, eval_every=config.epochs)
-
     def folder(self, run: Run) -> Path:
         """``RUNS/STAGE-WIDTH-VARIANT-seedN``."""
         return self.runs / f"{run.stage.name}-{run.stage.width}-{run.variant.name.replace(' ', '-')}-seed{run.seed}"
-
-    def is_current(self, record: dict) -> bool:
-        """False for the record of an older recipe, design or stage; its width does not matter."""
-        stage = dataclasses.replace(STAGES[record["stage"]], width=record["config"]["width"])
-        run = Run(stage, Variant(record["variant"], record["shows"], record["changes"]), record["seed"])
-        return not differences(record["config"], self.config(run))
 
     def record(self, run: Run) -> dict | None:
         """What was measured, or how it failed; None for a run that is still to be made.
@@ -128,7 +130,7 @@ class Campaign:
         Raises:
             Session10Error: its folder holds a run with other settings.
         """
-        config, folder = self.config(run), self.folder(run)
+        config, folder = config_of(run, self.small), self.folder(run)
         here = read_record(folder)
         if here is not None:
             if differing := differences(here["config"], config):
@@ -147,7 +149,7 @@ class Campaign:
             RunLockedError: another process works on it.
             Session10Error: the run could not be finished, for a reason such as a full disk that is no result.
         """
-        folder, config = self.folder(run), self.config(run)
+        folder, config = self.folder(run), config_of(run, self.small)
         folder.mkdir(parents=True, exist_ok=True)
         variant = {"stage": run.stage.name, "variant": run.variant.name, "shows": run.variant.shows, "seed": run.seed}
         variant |= {"changes": run.variant.changes, "split": "validation" if run.stage.holdout else "test"}

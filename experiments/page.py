@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.campaign import FOLDS
+from experiments.campaign import FOLDS, is_current, read_json
 from experiments.effects import Effect, main_effects, paired
 from experiments.variants import BASE, FACTORS, RECIPE, levels_of, plackett_burman
-from utils import plotting
+from utils import plotting, runtime
 from utils.runs.report import markdown_table
-from utils.runtime import write_atomically
 
+RESULTS = runtime.PROJECT_ROOT / "experiments" / "results"
 RECORDS_NAME, RUNS_NAME, PAGE_NAME = "runs.json", "runs.md", "README.md"
+SCREEN_NAME, ABLATIONS_NAME = "screen.png", "ablations.png"
 FROZEN = ("<!-- written by hand -->", "<!-- end -->")
 NOT_FROZEN = "Nothing is frozen yet."
 MEASURES = {"score": "accuracy, mean of plain and flip TTA (points)", "test_loss": "cross-entropy (nats)"}
 ALT = {
-    "screen": "The screen: what each setting adds to the accuracy, with standard errors",
-    "ablations": "Ablations: test accuracy without one part of the recipe, compared with the whole",
+    SCREEN_NAME: "The screen: what each setting adds to the accuracy, with standard errors",
+    ABLATIONS_NAME: "Ablations: test accuracy without one part of the recipe, compared with the whole",
 }
 PAGE = f"""# How the recipe was found
 
@@ -63,6 +64,21 @@ The frozen recipe on all train images, tested on the test set, with seeds that n
 
 {{ablations}}
 """
+
+
+def published() -> list[dict]:
+    """The records in ``RESULTS``, of every run that was made; empty if there is no such file.
+
+    Raises:
+        Session10Error: the file is damaged.
+    """
+    path = RESULTS / RECORDS_NAME
+    return read_json(path) if path.exists() else []
+
+
+def comparable(records: Sequence[dict], small: bool = False) -> list[dict]:
+    """Those that compare with each other and with today's recipe; ``small``: with a trial of the machinery."""
+    return [record for record in records if is_current(record, small)]
 
 
 # --- what the runs say ------------------------------------------------------------------------------------------------
@@ -124,23 +140,26 @@ def _done(records: Sequence[dict], stage: str) -> list[dict]:
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
-def write_results(folder: Path, records: Sequence[dict], current: Sequence[dict]) -> None:
+def write_results(folder: Path, records: Sequence[dict], small: bool = False) -> None:
     """Write all files into ``folder``; the page keeps its hand-written part.
 
     Args:
         folder: made if missing.
         records: of every run that was made.
-        current: those that compare with each other and with today's recipe.
+        small: they are a trial of the machinery.
     """
+    shown = comparable(records, small)
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(record) for record in records)  # a line a run
-    write_atomically(folder / RECORDS_NAME, f"[\n{lines}\n]\n".encode())
-    write_atomically(folder / RUNS_NAME, runs_table(records).encode())
-    for name, figure in draw(current).items():
-        plotting.save_figure(figure, folder / name)
+    runtime.write_atomically(folder / RECORDS_NAME, f"[\n{lines}\n]\n".encode())
+    runtime.write_atomically(folder / RUNS_NAME, runs_table(records).encode())
+    if _screen_answers(shown):
+        plotting.save_figure(screen_figure(shown), folder / SCREEN_NAME)
+    if differences(shown, "ablations", "test_accuracy"):
+        plotting.save_figure(ablations_figure(shown), folder / ABLATIONS_NAME)
     page = folder / PAGE_NAME
     old = page.read_text(encoding="utf-8") if page.exists() else ""
-    write_atomically(page, render_page(current, len(records), _hand_written(old)).encode())
+    runtime.write_atomically(page, render_page(shown, len(records), _hand_written(old)).encode())
 
 
 def _hand_written(page: str) -> str:
@@ -167,45 +186,55 @@ def runs_table(records: Sequence[dict]) -> str:
     return f"# Every run that was made\n\n{note}\n\n{markdown_table((*settings, *results), rows)}\n"
 
 
-def draw(records: Sequence[dict]) -> dict[str, Figure]:
-    """The figures that the runs so far allow, by file name."""
+def screen_figure(records: Sequence[dict]) -> Figure:
+    """What each setting of the screen adds.
 
-    def bars(names: Sequence[str], effects: Sequence[Effect], **options) -> Figure:
-        columns = ([getattr(effect, column) for effect in effects] for column in ("value", "error", "pairs"))
-        return plotting.effects(names, *columns, **options)
+    Raises:
+        ValueError: too few runs are done.
+    """
+    found = screen_effects(records)
+    return _bars(
+        [effect.name for effect in found],
+        found,
+        title="The screen: what each setting does, on held-out train images",
+        xlabel="points of accuracy (mean of plain and flip TTA), with standard errors",
+        decimals=2,
+    )
 
-    figures = {}
-    if answers := _screen_answers(records):
-        figures["screen.png"] = bars(
-            [effect.name for effect in answers["score"]],
-            answers["score"],
-            title="The screen: what each setting does, on held-out train images",
-            xlabel="points of accuracy (mean of plain and flip TTA), with standard errors",
-            decimals=2,
-        )
-    if found := differences(records, "ablations", "test_accuracy").values():
-        width = _done(records, "ablations")[0]["config"]["width"]
-        figures["ablations.png"] = bars(
-            [f"{effect.name} (n = {effect.count})" for effect in found],
-            found,
-            title=f"Ablations at width {width}: test accuracy without one part of the recipe",
-            xlabel="points of test accuracy to the recipe: each seed (grey), mean with its standard error",
-        )
-    return figures
+
+def ablations_figure(records: Sequence[dict]) -> Figure:
+    """What the recipe loses without one of its parts."""
+    found = differences(records, "ablations", "test_accuracy").values()
+    width = _done(records, "ablations")[0]["config"]["width"]
+    return _bars(
+        [f"{effect.name} (n = {effect.count})" for effect in found],
+        found,
+        title=f"Ablations at width {width}: test accuracy without one part of the recipe",
+        xlabel="points of test accuracy to the recipe: each seed (grey), mean with its standard error",
+    )
+
+
+def _bars(names: Sequence[str], effects: Collection[Effect], **options) -> Figure:
+    columns = ([getattr(effect, column) for effect in effects] for column in ("value", "error", "pairs"))
+    return plotting.effects(names, *columns, **options)
 
 
 def readme_part(records: Sequence[dict]) -> str:
     """The README's part on the experiments, in Markdown: what is finished of the screen and of the ablations."""
-    parts, folder = [], "experiments/results/"
+    parts, folder = [], "experiments/results/"  # where links in the README lead
     if _screen_answers(records):
         done = _done(records, "screen")
         parts += [
             f"Eleven settings were tried together in {len(done)} runs, each with {_about(done)}. A dot shows what a setting "
             "adds, averaged over many combinations of the other ten, and the bar its standard error:",
-            _picture("screen", folder),
+            _picture(SCREEN_NAME, folder),
         ]
     if differences(records, "ablations", "test_accuracy"):
-        parts += ["### What each part is worth", _variants_section(records, "ablations"), _picture("ablations", folder)]
+        parts += [
+            "### What each part is worth",
+            _variants_section(records, "ablations"),
+            _picture(ABLATIONS_NAME, folder),
+        ]
     return "\n\n".join(parts)
 
 
@@ -213,7 +242,7 @@ def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
     """The page's Markdown, from the current records, the count of all records, and the hand-written part."""
     sections = {stage: _variants_section(records, stage) for stage in ("confirm", "seeds", "ablations")}
     if differences(records, "ablations", "test_accuracy"):
-        sections["ablations"] += "\n\n" + _picture("ablations")
+        sections["ablations"] += "\n\n" + _picture(ABLATIONS_NAME)
     return PAGE.format(count=count, frozen=frozen, screen=_screen_section(records), **sections)
 
 
@@ -234,7 +263,7 @@ def _screen_section(records: Sequence[dict]) -> str:
         f"Main effects, from {len(done)} runs by least squares (label smoothing itself changes the cross-entropy, "
         "whatever the accuracy does):",
         markdown_table(header, rows),
-        _picture("screen"),
+        _picture(SCREEN_NAME),
     ]
     return "\n\n".join([*parts, *_averages(done)])
 
@@ -292,9 +321,9 @@ def _about(records: Sequence[dict]) -> str:
     return "; ".join(sorted(about))
 
 
-def _picture(stage: str, folder: str = "") -> str:
-    """The Markdown for a stage's figure."""
-    return f"![{ALT[stage]}]({folder}{stage}.png)"
+def _picture(name: str, folder: str = "") -> str:
+    """The Markdown for a figure."""
+    return f"![{ALT[name]}]({folder}{name})"
 
 
 def _spread(values: Sequence[float], decimals: int = 2) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import experiments.__main__ as command
 from experiments import campaign as campaign_module
 from experiments import page, variants
-from experiments.campaign import STAGES, Campaign, Run, all_records
+from experiments.campaign import STAGES, Campaign, Run, all_records, is_current
 from experiments.effects import Effect, main_effects, paired
 from utils.config import full
 from utils.engine import NonFiniteLossError
@@ -196,9 +196,9 @@ def test_runs_made_elsewhere_count_if_their_settings_are_equal(campaign, trained
     elsewhere = Campaign(campaign.load, tmp_path / "other", CPU, small=True, records=[record])
     assert elsewhere.work([run]) == 0
     assert len(trained) == 1
-    assert elsewhere.is_current(record)
+    assert is_current(record, small=True)
     older = {**record, "config": {**record["config"], "label_smoothing": 0.3}}
-    assert not elsewhere.is_current(older)
+    assert not is_current(older, small=True)
     assert Campaign(campaign.load, tmp_path / "other", CPU, small=True, records=[older]).record(run) is None
     assert len(all_records(tmp_path, [older, record])) == 2
 
@@ -235,7 +235,7 @@ def test_no_run_begins_when_the_time_is_up(campaign, trained, capsys):
 @pytest.fixture
 def execute(toy, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(command, "load_dataset", lambda folder: toy)
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "published")
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "published")
     monkeypatch.setattr(command, "README", tmp_path / "README.md")
     command.README.write_text("old\n<!-- generated: experiments -->\n<!-- end: experiments -->\n", encoding="utf-8")
     return lambda *args: command.main([*args, "--small", "--runs", str(tmp_path / "runs")])
@@ -299,12 +299,12 @@ def test_the_readme_shows_what_is_finished(execute, trained, tmp_path):
     assert "screen.png" not in text
 
 
-def test_the_published_page_and_readme_are_what_the_records_say(tmp_path):
-    published = json.loads((command.RESULTS / page.RECORDS_NAME).read_text(encoding="utf-8"))
-    current = [record for record in published if Campaign(None, tmp_path, CPU).is_current(record)]
+def test_the_published_page_and_readme_are_what_the_records_say():
+    published = page.published()
+    current = page.comparable(published)
     readme = command.README.read_text(encoding="utf-8")
     assert report.replace_block(readme, "experiments", page.readme_part(current)) == readme
-    assert (command.RESULTS / page.RUNS_NAME).read_text(encoding="utf-8") == page.runs_table(published)
-    stored = (command.RESULTS / page.PAGE_NAME).read_text(encoding="utf-8")
+    assert (page.RESULTS / page.RUNS_NAME).read_text(encoding="utf-8") == page.runs_table(published)
+    stored = (page.RESULTS / page.PAGE_NAME).read_text(encoding="utf-8")
     by_hand = stored.partition(page.FROZEN[0] + "\n")[2].partition("\n" + page.FROZEN[1])[0]
     assert stored == page.render_page(current, len(published), by_hand)

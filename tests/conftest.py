@@ -1,6 +1,7 @@
 """Shared fixtures: small synthetic data, and real CIFAR-10 where available."""
 
 import os
+import signal
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -24,6 +25,13 @@ settings.load_profile("session10")
 @pytest.fixture(scope="session", autouse=True)
 def _fixed_threads():
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c():
+    """Shells let the commands that they start in the background ignore Ctrl-C, which tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -604,7 +604,12 @@ def test_what_a_killed_download_left_is_removed_and_nothing_else(host, data, pub
     data.mkdir()
     (data / "tmp0123.part").write_text("somebody else's")
     publish(host.url("trickle"))
-    victim = multiprocessing.get_context("fork").Process(target=archive.download, args=(data,))
+
+    def download():
+        archive.tqdm.set_lock(threading.RLock())  # it may be killed while holding one that it shares with this process
+        archive.download(data)
+
+    victim = multiprocessing.get_context("fork").Process(target=download)
     victim.start()
     while not any(path.is_file() for path in data.rglob(".cifar-10-*/*")):
         time.sleep(0.01)

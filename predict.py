@@ -15,7 +15,7 @@ from pathlib import Path
 from models import CustomResNet
 from utils import runtime
 from utils.analysis import classify_file
-from utils.dataset import DatasetError, ImageDataset, load_dataset
+from utils.dataset import HELD_OUT, DatasetError, ImageDataset, load_dataset
 from utils.runs import report
 from utils.runs.door import complain, run_door
 from utils.runs.weights import WEIGHTS_NAME, WeightsError, load_model
@@ -79,9 +79,17 @@ def data_of_run(data_dir: str | None, stored: dict | None) -> ImageDataset:
     Args:
         data_dir: a folder; None: the usual places, or the stand-in if the run used it.
         stored: the run's metrics, if there are any.
+
+    Raises:
+        DatasetError: it was tested on train images, because settings were chosen by it.
     """
     if stored is None:
         return load_dataset(data_dir)
+    if HELD_OUT in stored["data"]:
+        raise DatasetError(
+            f"this run helped to choose settings and was tested on {stored['data']}: the test set is for final results; "
+            "to test it all the same, copy its weights to another folder"
+        )
     is_stand_in = stored["source"] == "digits" and data_dir is None
     dataset = load_dataset(data_dir, source="digits" if is_stand_in else "auto")
     return dataset.subset(stored["config"].get("train_images"), stored["config"].get("test_images"))

@@ -13,12 +13,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # one line a run says enough
 
 from experiments import __doc__ as description
 from experiments import page, variants
-from experiments.campaign import FOLDS, STAGES, Campaign, Run, Stage, all_records
+from experiments.campaign import FOLDS, STAGES, Campaign, Run, Stage, all_records, config_of, key_of
 from utils import runtime
 from utils.dataset import load_dataset
 from utils.runs import report
 from utils.runs.door import run_door
-from utils.runtime import Session10Error, say
+from utils.runs.job import is_finished
+from utils.runtime import ConfigError, Session10Error, say
 
 README = runtime.PROJECT_ROOT / "README.md"
 
@@ -41,10 +42,19 @@ def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[R
         return [Run(stage, variant, seed) for seed in seeds for variant in variants.screen_design()] + again
     recipe = dataclasses.replace(stages["seeds"], width=stage.width), variants.RECIPE  # shared by seeds and ablations
     if name == "confirm":
+        made = {key_of(record): record["status"] for record in current}
+        screen = [(run.stage.name, run.variant.name, run.seed) for run in plan(stages, "screen", current)]
+        if missing := [key for key in screen if key not in made]:
+            raise Session10Error(f"{len(missing)} runs of the screen are still to be made: run `screen` first")
         try:
-            chosen = [(stage, variant) for variant in variants.confirm(page.screen_effects(current))]
-        except ValueError as error:
-            raise Session10Error(f"the screen has no answer yet ({error}): run `screen` first") from None
+            effects = page.screen_effects(current)
+        except ValueError as error:  # runs failed, and that is their result
+            failed = ", ".join(name for _, name, seed in screen if made["screen", name, seed] == "failed")
+            raise Session10Error(
+                f"the screen has no answer ({error}), because these runs failed: {failed}. `screen --seeds 2` repeats the "
+                "design on other images"
+            ) from None
+        chosen = [(stage, variant) for variant in variants.confirm(effects)]
     elif name == "seeds":
         chosen = [recipe]
     else:
@@ -89,14 +99,23 @@ def run(args: argparse.Namespace) -> None:
     given = {"width": args.width, "seeds": args.seeds}
     given = {name: value for name, value in given.items() if value is not None}
     stages = {name: dataclasses.replace(stage, **given) for name, stage in STAGES.items()}
-    known = [] if args.small else page.published()
     device = runtime.pick_device(args.device)
-    campaign = Campaign(lambda: load_dataset(args.data_dir), args.runs, device, small=args.small, records=known)
+
+    def known() -> list[dict]:
+        return [] if args.small else page.published()
+
+    campaign = Campaign(lambda: load_dataset(args.data_dir), args.runs, device, small=args.small, records=known())
     results = page.RESULTS if args.publish else args.runs / "results"
 
-    def shown() -> list[dict]:
-        return page.comparable(all_records(args.runs, known), args.small)
+    def records() -> list[dict]:
+        return all_records(args.runs, known())  # read again each time: others may publish meanwhile
 
+    def shown() -> list[dict]:
+        return page.comparable(records(), args.small)
+
+    publishes_result = args.publish and args.command in ("seeds", "all")
+    if publishes_result:
+        report.check_publishable(config_of(plan(stages, "seeds", [])[0]), campaign.dataset)
     left = 0
     try:
         for name in {"all": list(STAGES), "table": []}.get(args.command, [args.command]):
@@ -104,14 +123,19 @@ def run(args: argparse.Namespace) -> None:
             left = left or campaign.work(plan(stages, name, shown()), args.budget_minutes)
     finally:
         # Also after an interruption: what is made is shown.
-        page.write_results(results, all_records(args.runs, known), args.small)
+        page.write_results(results, records(), args.small)
         if args.publish:
             text = report.replace_block(README.read_text("utf-8"), "experiments", page.readme_part(shown()))
             runtime.write_atomically(README, text.encode())
     say(f"tables and figures: {results / page.PAGE_NAME}")
-    if args.publish and args.command in ("seeds", "all") and not left:
-        first, *others = (campaign.folder(one) for one in plan(stages, "seeds", []))
-        report.publish(first, others)
+    if publishes_result and not left:
+        folders = [campaign.folder(one) for one in plan(stages, "seeds", [])]
+        if absent := [folder.name for folder in folders if not is_finished(folder)]:
+            raise ConfigError(
+                f"Results/ stays as it is, for want of the weights and curves of {', '.join(absent)}: that run failed, or it "
+                "was made on another machine, where this command must run"
+            )
+        report.publish(*folders[:1], folders[1:])
         say(f"published in {report.RESULTS}")
 
 

@@ -16,7 +16,7 @@ import torch
 from experiments.variants import EMA_ALSO, EMA_DECAY, Variant
 from utils import runtime
 from utils.config import Config, full, quick
-from utils.dataset import ImageDataset
+from utils.dataset import CIFAR10_CLASSES, ImageDataset
 from utils.engine import NonFiniteLossError
 from utils.lr_finder import LRRangeError
 from utils.runs import machine
@@ -84,7 +84,7 @@ def config_of(run: Run, small: bool = False) -> Config:
 
 
 def is_current(record: dict, small: bool = False) -> bool:
-    """False for the record of an older recipe, design or stage; its width does not matter."""
+    """False for a record whose settings, apart from its variant's changes and width, are not today's."""
     stage = dataclasses.replace(STAGES[record["stage"]], width=record["config"]["width"])
     run = Run(stage, Variant(record["variant"], record["shows"], record["changes"]), record["seed"])
     return not differences(record["config"], config_of(run, small))
@@ -113,7 +113,7 @@ class Campaign:
         dataset = self.load()
         if self.small:
             return dataset.subset(96 + 40, 40)
-        if dataset.is_stand_in:
+        if dataset.is_stand_in or dataset.classes != CIFAR10_CLASSES:
             raise ConfigError(f"these are {dataset.description}: experiments need CIFAR-10, or --small for a trial")
         return dataset
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.campaign import FOLDS, is_current, read_json
+from experiments.campaign import FOLDS, STAGES, is_current, read_json
 from experiments.effects import Effect, main_effects, paired
-from experiments.variants import BASE, FACTORS, RECIPE, levels_of, plackett_burman
+from experiments.variants import (
+    BASE,
+    FACTORS,
+    RECIPE,
+    Variant,
+    ablations,
+    confirm,
+    levels_of,
+    plackett_burman,
+    screen_design,
+)
 from utils import plotting, runtime
 from utils.runs.report import markdown_table
 
@@ -77,8 +89,17 @@ def published() -> list[dict]:
 
 
 def comparable(records: Sequence[dict], small: bool = False) -> list[dict]:
-    """Those that compare with each other and with today's recipe; ``small``: with a trial of the machinery."""
-    return [record for record in records if is_current(record, small)]
+    """Those that compare with each other and with today's recipe and plans; ``small``: with a trial of the machinery."""
+    current = [record for record in records if is_current(record, small)]
+    planned = {"screen": screen_design(), "seeds": [RECIPE], "ablations": [RECIPE, *ablations()]}
+    screened = [record for record in current if _is_planned(record, planned["screen"])]
+    planned["confirm"] = confirm(answers) if (answers := _screen_answers(screened).get("score")) else []
+    return [record for record in current if _is_planned(record, planned[record["stage"]])]
+
+
+def _is_planned(record: dict, variants: Sequence[Variant]) -> bool:
+    """Whether the record's stage has a variant of its name with its changes."""
+    return any((variant.name, variant.changes) == (record["variant"], record["changes"]) for variant in variants)
 
 
 # --- what the runs say ------------------------------------------------------------------------------------------------
@@ -127,10 +148,13 @@ def _reference(stage: str) -> str:
 
 
 def _runs(records: Sequence[dict], stage: str) -> list[dict]:
-    """Runs of ``stage`` and those it is compared with, at the largest width at which it has a finished one."""
-    widths = [r["config"]["width"] for r in records if r["stage"] == stage and r["status"] == "done"]
+    """Runs of ``stage`` and those it is compared with, at the width at which most of it is finished."""
+    finished = Counter(r["config"]["width"] for r in records if r["stage"] == stage and r["status"] == "done")
+    width = max(finished, key=lambda width: (finished[width], width), default=None)
+    if stage == "seeds":  # narrower ones are there for the ablations to compare with
+        width = STAGES["seeds"].width
     stages = ("seeds", "ablations") if stage == "ablations" else (stage,)
-    return [r for r in records if r["stage"] in stages and r["config"]["width"] == max(widths, default=None)]
+    return [r for r in records if r["stage"] in stages and r["config"]["width"] == width]
 
 
 def _done(records: Sequence[dict], stage: str) -> list[dict]:
@@ -274,7 +298,8 @@ def _averages(records: Sequence[dict]) -> list[str]:
     by_decay: dict[str, dict[int, float]] = {}
     for number, record in enumerate(records):
         for decay, tested in record.get("averages", {}).items():
-            by_decay.setdefault(decay, {})[number] = tested["accuracy"]
+            if _is_reached(float(decay), record):
+                by_decay.setdefault(decay, {})[number] = tested["accuracy"]
     if not by_decay:
         return []
     rows = []
@@ -282,9 +307,18 @@ def _averages(records: Sequence[dict]) -> list[str]:
         mean = np.mean(list(tested.values()))
         rows.append([decay, len(tested), f"{mean:.2f}", _signed(paired(decay, tested, own))])
     return [
-        "Further averages of the weights rode along in each of these runs, paired with the run's own average:",
+        "Further averages of the weights rode along in each of these runs, paired with the run's own average (decays so "
+        "high that a run of this length never reaches them are left out):",
         markdown_table(("EMA decay a step", "Runs", "Accuracy", "Difference"), rows),
     ]
+
+
+def _is_reached(decay: float, record: dict) -> bool:
+    """Whether the run's last update of the average had this decay (see ``engine.WeightAverage``)."""
+    config = record["config"]
+    steps = math.ceil(record["train_images"] / config["batch_size"])
+    last = config["epochs"] * (steps // config["ema_every"]) - 1
+    return decay ** config["ema_every"] <= (1 + last) / (10 + last)
 
 
 def _variants_section(records: Sequence[dict], stage: str) -> str:

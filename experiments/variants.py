@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from experiments.effects import Effect
+from utils.config import full
 
 EMA_DECAY = 0.99  # of the recipe before the screen
 EMA_ALSO = (0.98, 0.995, 0.998)  # more averages of the weights, tested at no cost in each run of the screen
@@ -114,6 +115,7 @@ def confirm(effects: Sequence[Effect]) -> list[Variant]:
 
 def ablations() -> list[Variant]:
     """The recipe without one of its parts at a time."""
+    recipe = full()
     return [
         Variant(
             "no residual connections", "what x + R(x) buys over R(x), with the same parameters", {"residual": False}
@@ -122,7 +124,11 @@ def ablations() -> list[Variant]:
             Variant(
                 f"constant LR {share} LRMAX",
                 "what a cycle buys over one learning rate",
-                {"schedule": "constant", "lr_max_factor": share, "lr_min_factor": share},
+                {
+                    "schedule": "constant",
+                    "lr_max_factor": share * recipe.lr_max_factor,
+                    "lr_min_factor": share * recipe.lr_min_factor,  # unused, but it must stay below LRMAX
+                },
             )
             for share in (0.1, 0.4)
         ),

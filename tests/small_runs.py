@@ -60,7 +60,7 @@ def arguments(run_dir: Path, *more: str) -> list[str]:
 
 def shrink(dataset: ImageDataset, replace: Callable = setattr) -> None:
     """Make runs use ``TinyNet`` and draw no figures, and train.py use ``dataset``."""
-    replace(engine, "build_model", lambda config, num_classes, images=None: TinyNet(num_classes))
+    replace(engine, "build_model", lambda config, num_classes: TinyNet(num_classes))
     replace(train, "load_dataset", lambda root: dataset)
     replace(figures, "draw_all", lambda inputs: {})
 

@@ -26,9 +26,10 @@ from tests.small_runs import (
     tiny_config,
 )
 from utils import engine
+from utils.runs import figures
 from utils.runs.checkpoint import FORMAT, MAGIC, CheckpointError, decode
 from utils.runs.folder import NEWEST, RunFolder
-from utils.runs.job import Job, run_job
+from utils.runs.job import Job, is_finished, run_job
 
 # --- exactness ------------------------------------------------------------------------------------------------------
 
@@ -127,6 +128,24 @@ def test_an_interrupted_cell_run_again_continues_from_the_checkpoint(tmp_path, t
         interrupted.find_range()
     assert identical(interrupted.state.model.state_dict(), expected.state.model.state_dict())
     assert epochs_kept(tmp_path / "run") == EPOCHS
+
+
+def test_a_run_stopped_while_it_draws_is_not_finished(tmp_path, job, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures, "draw_all", stop)
+    with job() as interrupted:
+        interrupted.fit()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.finish()
+    assert not is_finished(tmp_path / "run")
+    monkeypatch.setattr(figures, "draw_all", lambda inputs: {})
+    with job() as again:
+        again.find_range()
+        again.fit()
+        again.finish()
+    assert is_finished(tmp_path / "run")
 
 
 def refused(job: Job) -> str:

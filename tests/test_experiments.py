@@ -209,6 +209,41 @@ def test_runs_of_a_smaller_width_are_not_shown_as_failed(campaign, trained):
     assert "| recipe | 1 |" in page.render_page([record, wider], 2, "")
 
 
+def test_averages_that_a_run_is_too_short_for_are_left_out(campaign, trained):
+    campaign.work([Run(STAGES["screen"], variant, 0) for variant in variants.screen_design()])
+    records = [
+        {**record, "train_images": 40_000, "config": {**record["config"], "batch_size": 512, "epochs": 24}}
+        for record in all_records(campaign.runs, [])
+    ]
+    text = page.render_page(records, 12, "")
+    assert "| 0.995 | 12 | 90.60 | +0.05 ± 0.00 |" in text
+    assert "| 0.998 |" not in text
+
+
+def test_another_proposal_under_the_same_name_is_not_mixed_in(campaign, trained):
+    screen = [Run(STAGES["screen"], variant, 0) for variant in variants.screen_design()]
+    base = [Run(STAGES["screen"], variants.BASE, seed) for seed in (10, 20, 30)]
+    campaign.work([*screen, *base])
+    records = page.comparable(all_records(campaign.runs, []), small=True)
+    proposed = variants.confirm(page.screen_effects(records))[1]
+    other = dataclasses.replace(proposed, changes={**proposed.changes, "beta2": variants.FACTORS[8].low})
+    for variant in (proposed, other):
+        campaign.make(Run(STAGES["confirm"], variant, 50 if variant is proposed else 51))
+    compared = page.comparable(all_records(campaign.runs, []), small=True)
+    assert [record["seed"] for record in compared if record["stage"] == "confirm"] == [50]
+
+
+def test_a_single_wider_run_hides_no_finished_stage(campaign, trained):
+    records = [campaign.make(run) for run in (*RECIPES, Run(STAGES["ablations"], NO_CUTOUT, 100))]
+    narrow = [{**record, "config": {**record["config"], "width": 32}} for record in records]
+    more = {**narrow[2], "seed": 101}
+    wide = {**records[2], "config": {**records[2]["config"], "width": 64}}
+    assert "| no cutout | 2 |" in page.render_page([*narrow, more, wide], 5, "")
+    assert "## The result" in page.render_page(narrow, 3, "")
+    result = page.render_page(narrow, 3, "").partition("## The result")[2].partition("## ")[0]
+    assert "No run of it is finished yet." in result
+
+
 def test_a_locked_run_is_left_for_later(campaign, trained, monkeypatch):
     make, refused = Campaign.make, []
 
@@ -255,7 +290,7 @@ def test_all_leads_from_the_screen_to_the_page(execute, trained, tmp_path, capsy
     assert "| label smoothing 0.2 | +0.00 ± 0.01 |" in text
     assert "| no cutout | 3 | 89.53 ± 0.01 | 89.93 ± 0.01 | 0.5235 ± 0.0005 | -0.50 ± 0.00 | -0.50 ± 0.00 |" in text
     assert "| constant LR 0.1 LRMAX | 0 (3 failed) |" in text
-    assert "| 0.995 | 15 | 90.50 | +0.05 ± 0.00 |" in text
+    assert "EMA decay" not in text  # three epochs are too short for any
     for name in ("screen.png", "ablations.png", "runs.md"):
         assert (folder / name).stat().st_size > 0
     assert len(json.loads((folder / "runs.json").read_text(encoding="utf-8"))) == len(trained)
@@ -278,6 +313,7 @@ def test_a_trial_is_never_published(execute):
 def test_publishing_shows_the_first_seed_among_all(execute, trained, tmp_path, monkeypatch):
     published = []
     monkeypatch.setattr(command.report, "publish", lambda first, others: published.append((first, others)))
+    monkeypatch.setattr(command.report, "check_publishable", lambda config, dataset: None)
     arguments = ["seeds", "--publish", "--seeds", "2", "--runs", str(tmp_path / "runs")]
     assert command.main([*arguments, "--budget-minutes", "0"]) == 0
     assert not published
@@ -285,6 +321,50 @@ def test_publishing_shows_the_first_seed_among_all(execute, trained, tmp_path, m
     ((first, others),) = published
     assert [first.name, *(other.name for other in others)] == ["seeds-64-recipe-seed100", "seeds-64-recipe-seed101"]
     assert (tmp_path / "published" / "runs.json").exists()
+
+
+def test_a_failed_or_foreign_seed_is_named_instead_of_published(execute, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.report, "check_publishable", lambda config, dataset: None)
+    arguments = ["seeds", "--publish", "--seeds", "2", "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(command.report, "publish", lambda first, others: None)
+    assert command.main(arguments) == 0
+    (tmp_path / "runs" / "seeds-64-recipe-seed101").rename(tmp_path / "elsewhere")
+    assert command.main(arguments) == 2
+    assert "for want of the weights and curves of seeds-64-recipe-seed101" in capsys.readouterr().err
+
+
+def test_only_the_recipe_replaces_the_published_results(execute, trained, tmp_path, capsys):
+    arguments = ["seeds", "--publish", "--width", "32", "--runs", str(tmp_path / "runs")]
+    assert command.main(arguments) == 2
+    assert "settings other than the recipe's (width 32, not 64)" in capsys.readouterr().err
+    assert not trained
+
+
+def test_records_published_meanwhile_are_kept(execute, trained, tmp_path, monkeypatch):
+    arguments = ["ablations", "--publish", "--seeds", "1"]
+    assert command.main([*arguments, "--runs", str(tmp_path / "there")]) == 0
+    there = (page.RESULTS / page.RECORDS_NAME).read_bytes()
+    (page.RESULTS / page.RECORDS_NAME).write_text("[]", encoding="utf-8")
+
+    def work(self, runs, budget_minutes):
+        (page.RESULTS / page.RECORDS_NAME).write_bytes(there)
+        return 0
+
+    monkeypatch.setattr(Campaign, "work", work)
+    assert command.main([*arguments, "--runs", str(tmp_path / "here")]) == 0
+    assert len(page.published()) == len(trained) > 10
+
+
+def test_a_screen_with_failed_runs_says_how_to_go_on(execute, trained, tmp_path, capsys):
+    assert execute("screen") == 0
+    folder = tmp_path / "runs" / "screen-32-design-9-seed0"
+    (folder / "metrics.json").unlink()
+    assert execute("confirm") == 1
+    assert "1 runs of the screen are still to be made" in capsys.readouterr().err
+    failed = {"reason": "it diverged", "config": trained[8][0].to_dict(), "device": "", "versions": {}, "commit": ""}
+    (folder / "failed.json").write_text(json.dumps(failed), encoding="utf-8")
+    assert execute("confirm") == 1
+    assert "these runs failed: design 9. `screen --seeds 2` repeats" in capsys.readouterr().err
 
 
 def test_the_readme_shows_what_is_finished(execute, trained, tmp_path):

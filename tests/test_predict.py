@@ -141,6 +141,10 @@ def test_the_weights_are_tested_on_their_runs_data_beside_its_metrics(run, weigh
         figures = f"{plain.accuracy:.2f}%, with flip TTA {mirrored.accuracy:.2f}%, loss {plain.loss:.4f}"
         assert out[1] == f"test accuracy {figures}"
         assert out[2].startswith(f"metrics.json  {figures} (6 test images of own images in 3 classes")
+        stored.write_text(json.dumps({**metrics, "data": dataset.holdout(3).description}))
+        code, out, err = run("--test", "--data-dir", folder)
+        assert (code, out) == (1, [])
+        assert "3 train images held out for validation: the test set is for final results" in err[-1]
         stored.write_text("{}")
         code, _, err = run("--test", "--data-dir", folder)
         assert code == 1

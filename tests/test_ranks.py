@@ -130,7 +130,7 @@ def test_two_ranks_take_the_step_of_one_process_whose_batch_norm_sees_the_same_g
 def run_train(rank, dataset, argv, killed_rank=None, after_epoch=None) -> int:
     """train.py on a tiny network; ``killed_rank`` dies once it has trained ``after_epoch`` epochs."""
     shrink(dataset)
-    engine.build_model = lambda config, classes, images=None: new_network(classes)
+    engine.build_model = lambda config, classes: new_network(classes)
     train_epoch, count = engine.train_epoch, 0
 
     def dying(*args):

@@ -106,6 +106,7 @@ def test_durations_read_well(seconds, words):
         (configs.full(train_images=5000), "a profile or subset other than the full one"),
         (configs.full(lr_min=1e-3, lr_max=1e-2), "learning rates that were given"),
         (configs.full(), r"other images \(toy images\)"),
+        (configs.full(cutout=0, seed=7), r"settings other than the recipe's \(cutout 0, not 8\)"),
     ],
 )
 def test_only_the_full_recipe_on_cifar10_can_be_published(toy, config, problem):
@@ -148,7 +149,7 @@ def test_publishing_replaces_results_as_one_set_of_one_run(project, metrics):
     assert published["seed_accuracies"] == [94.0, 95.0]
     assert published["test_accuracy"] == 94.0
     assert (project / "README.md").read_text(encoding="utf-8") == "32×32: 94.5"
-    assert "seeds 0, 1" in (project / "training_logs.md").read_text(encoding="utf-8")
+    assert "seeds 0, 1, all but the means from seed 0" in (project / "training_logs.md").read_text(encoding="utf-8")
     assert not list(project.glob(".*"))  # nothing is left over
 
 

@@ -1,5 +1,6 @@
 """The weights file gives back the trained network bit for bit; anything else is refused."""
 
+import functools
 import json
 import os
 import pickle
@@ -37,6 +38,11 @@ def test_a_file_gives_back_the_network_that_was_trained(tmp_path, changes):
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model(images))
     assert all(value.dtype in (torch.float16, torch.int64) for value in load_file(path).values())
+
+
+def test_weights_load_however_the_recipe_initializes_new_networks(path, monkeypatch):
+    monkeypatch.setattr("utils.runs.weights.Config", functools.partial(Config, init="patches"))
+    assert load_model(path)[0].fc.out_features == 3
 
 
 def test_the_full_network_fits_16_megabytes(tmp_path):

@@ -32,6 +32,8 @@ __all__ = [
     "load_dataset",
 ]
 
+HELD_OUT = "held out for validation"  # ends the description of every validation split
+
 # Descriptions of known data, by fingerprint.
 KNOWN_FINGERPRINTS = {
     "14089befcce147b97e13ef6f9161324f71389bd2591d18b6d1b86965282b686c": (
@@ -110,7 +112,7 @@ class ImageDataset(Arrays):
             train_labels=self.train_labels[kept],
             test_images=self.train_images[held],
             test_labels=self.train_labels[held],
-            description=f"{self.description}; {count:,} train images held out for validation",
+            description=f"{self.description}; {count:,} train images {HELD_OUT}",
         )
 
 

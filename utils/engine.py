@@ -221,13 +221,10 @@ def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_
     return TrainState(model, optimizer, make_criterion(config), precision, scaler, scheduler, averages)
 
 
-def build_model(config: Config, num_classes: int, images: Tensor | None = None) -> nn.Module:
+def build_model(config: Config, num_classes: int) -> nn.Module:
     """The untrained ``CustomResNet`` that ``config`` describes, with its variants (models/variants.py).
 
-    Args:
-        config: the settings.
-        num_classes: size of the output.
-        images: (N, 3, 32, 32) float32 normalized train images, needed only for ``init="patches"``.
+    Its weights are drawn at random; ``init="patches"``, which needs images, is up to the caller.
     """
     model = CustomResNet(num_classes, config.dropout, config.logit_scale, config.width)
     if not config.residual:
@@ -237,8 +234,6 @@ def build_model(config: Config, num_classes: int, images: Tensor | None = None) 
     variants.set_norm_momentum(model, config.norm_momentum)
     if config.ghost_batch:
         variants.ghost_batch_norm(model, config.ghost_batch)
-    if config.init == "patches":
-        variants.init_patches(model, images)
     return model
 
 
@@ -279,7 +274,7 @@ class WeightAverage(nn.Module):
 
     Each update moves the average towards the network by a share of 1 - decay. Update t, counted from 0, uses
     min(decay, (1 + t) / (10 + t)) as its decay (TensorFlow's ``num_updates``), so that the first updates move further
-    and the untrained weights are soon forgotten. torch's ``AveragedModel`` lacks this and makes a GPU wait.
+    and the untrained weights are soon forgotten. A decay too high for the run's length is therefore never reached. torch's ``AveragedModel`` lacks this and makes a GPU wait.
 
     Args:
         model: the network; the average starts as a copy of it.

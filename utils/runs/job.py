@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from models.packed import pack_small_maps
+from models.variants import init_patches
 from utils import engine, lr_finder, plotting, runtime
 from utils.analysis import Predictions
 from utils.config import Config
@@ -153,10 +154,9 @@ class Job:
             self._whole_train_loader, self.test_loader = loaders()
         ends = (config.lr_min, config.lr_max) if config.lr_min else (config.range_test_start, config.range_test_end)
         check_cycle(*ends, config.epochs, config.peak_epoch, len(self.train_loader))
-        patches = None
+        model = engine.build_model(config, len(dataset.classes))
         if config.init == "patches":
-            patches = normalize(torch.from_numpy(dataset.train_images[:PATCH_IMAGES]))
-        model = engine.build_model(config, len(dataset.classes), patches)
+            init_patches(model, normalize(torch.from_numpy(dataset.train_images[:PATCH_IMAGES])))
         if config.packed == "on" or (config.packed == "auto" and machine.packing_pays(self.precision)):
             pack_small_maps(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -268,7 +268,7 @@ class Job:
 
     @_explained
     def finish(self, note: str = "") -> Results:
-        """The final test, then the results in the run's folder: weights, log, metrics.json, and last the figures.
+        """The final test, then the results in the run's folder: weights, log, figures, and last metrics.json.
 
         A figure that cannot be drawn is only a warning. With several ranks, call this on the first.
 
@@ -284,19 +284,19 @@ class Job:
         )
         if len(state.averages) > 1:
             metrics["averages"] = self._test_averages(plain, mirrored)
+        results = Results(metrics, plain, mirrored, history)
         about = {"classes": list(dataset.classes), "data": dataset.description}
         about |= {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
         try:
             save_weights(state.tested_model, folder / WEIGHTS_NAME, about)
             write_atomically(folder / report.LOG_NAME, report.training_log(metrics).encode())
+            self._draw_figures(results)
             report.write_metrics(folder, metrics)
         except OSError as error:
             raise report.ResultsError(
                 f"the results could not be written ({reason_of(error)}: {error.filename}). All {self.config.epochs} epochs "
                 f"are kept in {self.folder.checkpoint}: fix this, then resume; only the test and the results are repeated"
             ) from error
-        results = Results(metrics, plain, mirrored, history)
-        self._draw_figures(results)
         return results
 
     def _draw_figures(self, results: Results) -> None:

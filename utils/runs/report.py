@@ -26,7 +26,7 @@ from torchsummary import summary
 from models import CustomResNet
 from utils import runtime
 from utils.analysis import Predictions, per_class_accuracy, predict
-from utils.config import Config
+from utils.config import Config, full
 from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, ImageDataset
 from utils.engine import History
 from utils.loaders import BatchedLoader
@@ -38,6 +38,8 @@ from utils.runtime import ConfigError, Precision, Session10Error, write_atomical
 RESULTS = runtime.PROJECT_ROOT / "Results"
 METRICS_NAME, LOG_NAME = "metrics.json", "training_logs.md"
 RECIPE_TRAIN_IMAGES = 50_000
+# Settings in which runs of the recipe may differ: the seed, and how a machine computes.
+NOT_OF_THE_RECIPE = ("seed", "eval_batch_size", "num_workers", "precision", "deterministic", "packed", "compile")
 TEST_BATCH = 500  # images at a time in the final test
 ORIGIN = (
     "device",
@@ -233,8 +235,17 @@ def check_publishable(config: Config, dataset: ImageDataset) -> None:
     problems = []
     if config.profile != "full" or config.train_images is not None or config.test_images is not None:
         problems.append("a profile or subset other than the full one")
-    if config.lr_min is not None:
+    elif config.lr_min is not None:
         problems.append("learning rates that were given instead of found by the range test")
+    else:
+        recipe = full().to_dict()
+        differing = [
+            f"{name} {value!r}, not {recipe[name]!r}"
+            for name, value in config.to_dict().items()
+            if value != recipe[name] and name not in NOT_OF_THE_RECIPE
+        ]
+        if differing:
+            problems.append(f"settings other than the recipe's ({'; '.join(differing)})")
     if dataset.classes != CIFAR10_CLASSES or dataset.is_stand_in or len(dataset.train_labels) != RECIPE_TRAIN_IMAGES:
         problems.append(f"other images ({dataset.description})")
     if problems:
@@ -332,14 +343,14 @@ def training_log(metrics: dict) -> str:
 
 
 def setup_sentence(metrics: dict) -> str:
-    """Hardware, versions, seeds, data and time in one sentence."""
-    seeds = ", ".join(str(seed) for seed in metrics["seeds"])
+    """Hardware, versions, seeds, data and time in one sentence; which run they are of, if there are several."""
+    seeds, shown = ", ".join(str(seed) for seed in metrics["seeds"]), metrics["config"]["seed"]
     versions = metrics["versions"]
     return (
         f"{metrics['train_images']:,} train and {metrics['test_images']:,} test images of {metrics['data']}; "
         f"{metrics['epochs']} epochs of batch {metrics['batch_size']} in {duration(metrics['wall_seconds'])} on "
         f"{metrics['device']} in {metrics['precision']}; torch {versions['torch']}, Python {versions['python']}; "
-        f"{'seed' if len(metrics['seeds']) == 1 else 'seeds'} {seeds}"
+        + (f"seed {seeds}" if len(metrics["seeds"]) == 1 else f"seeds {seeds}, all but the means from seed {shown}")
     )
 
 
@@ -362,12 +373,18 @@ def readme_blocks(metrics: dict) -> dict[str, str]:
     plain = spread(metrics["mean_accuracy"], metrics["std_accuracy"], count)
     mirrored = spread(metrics["mean_accuracy_tta"], metrics["std_accuracy_tta"], count)
     classes = metrics["per_class_accuracy"]
+    config = Config().to_dict() | metrics["config"]  # an older run lacks newer settings
+    factors = {"LRMIN": config["lr_min_factor"], "LRMAX": config["lr_max_factor"]}
+    times = [f", {name} times {factor:g}" for name, factor in factors.items() if factor != 1]
     rows = [
         ("Test accuracy, last epoch", plain),
         ("with flip TTA", mirrored),
         ("Test loss", f"{metrics['test_loss']:.4f}"),
         ("Train accuracy, last epoch (augmented images)", f"{metrics['history']['train_accuracy'][-1]:.2f}%"),
-        (f"LRMIN, LRMAX (range test, rule {metrics['lr_rule']})", f"{metrics['lr_min']:.2e}, {metrics['lr_max']:.2e}"),
+        (
+            f"LRMIN, LRMAX (range test, rule {metrics['lr_rule']}{''.join(times)})",
+            f"{metrics['lr_min']:.2e}, {metrics['lr_max']:.2e}",
+        ),
         ("Weight decay (decoupled)", f"{metrics['weight_decay']:.3f}"),
         ("Training, with a test after every epoch", duration(metrics["wall_seconds"])),
         ("Hardware", f"{metrics['device']}, {metrics['precision']}"),

@@ -38,7 +38,7 @@ ALT = {
     SCREEN_NAME: "The screen: what each setting adds to the accuracy, with standard errors",
     ABLATIONS_NAME: "Ablations: test accuracy without one part of the recipe, compared with the whole",
 }
-PAGE = f"""# How the recipe was found
+PAGE = f"""# The search for better settings
 
 Generated from [runs.json]({RECORDS_NAME}) by `python -m experiments table`; only the part on what was frozen is
 written by hand. [Every run]({RUNS_NAME}) is listed, {{count}} so far, including those that failed. Accuracies are in
@@ -48,7 +48,9 @@ standard error after a difference or an effect.
 ## The screen
 
 Eleven settings, each at two values, in twelve runs: a Plackett-Burman design. Each value of a setting meets each value
-of every other one equally often, so all twelve runs tell something about each of the eleven. The last run is the base.
+of every other one equally often, so all twelve runs tell something about each of the eleven. Where two settings work
+together, part of that shows up as effects of others, so a screen suggests and the confirmation decides. The last run is
+the base.
 It is repeated with other seeds: the differences between its repetitions are the noise behind all standard errors.
 
 {{screen}}

@@ -287,7 +287,8 @@ def _screen_section(records: Sequence[dict]) -> str:
     rows = [[one.name, _signed(one), _signed(other, 4)] for one, other in zip(*answers.values())]
     parts += [
         f"Main effects, from {len(done)} runs by least squares (label smoothing itself changes the cross-entropy, "
-        "whatever the accuracy does):",
+        "whatever the accuracy does). Only the repeated runs tell how large the noise is, so take the standard errors as "
+        f"rough: they rest on {len(done) - len(plackett_burman())} repetitions.",
         markdown_table(header, rows),
         _picture(SCREEN_NAME),
     ]

@@ -1,5 +1,7 @@
 """run_notebook.py as its user meets it: a run continues where it stopped, and nothing ends in a traceback."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -8,8 +10,10 @@ import sys
 import time
 
 import nbformat
+import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 import run_notebook
 from utils.runtime import PROJECT_ROOT
@@ -146,3 +150,19 @@ def test_a_signal_ends_it_with_one_message_and_the_outputs_are_kept(notebook, tm
     assert "interrupted; the notebook up to there is" in message
     assert printed(tmp_path / "run" / "small.ipynb") == "first\nbegun\n"
     assert json.loads((tmp_path / "run" / "notebook.json").read_text(encoding="utf-8"))["finished"] is False
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB"])
+@pytest.mark.parametrize("opacity", [255, 100])
+def test_saved_pictures_keep_their_pixels_and_get_no_larger(tmp_path, mode, opacity):
+    ramp = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64)
+    pixels = np.dstack([ramp % 256, ramp // 16 % 256, ramp % 7, np.full_like(ramp, opacity)]).astype(np.uint8)
+    picture, content = Image.fromarray(pixels).convert(mode), io.BytesIO()
+    picture.save(content, "PNG", compress_level=1)
+    stored = base64.b64encode(content.getvalue()).decode()
+    cell = new_code_cell("1", outputs=[new_output("display_data", {"image/png": stored})])
+    run_notebook.save(new_notebook(cells=[cell]), tmp_path / "saved.ipynb")
+    saved = nbformat.read(tmp_path / "saved.ipynb", as_version=4).cells[0].outputs[0].data["image/png"]
+    assert len(saved) < len(stored)
+    shown = Image.open(io.BytesIO(base64.b64decode(saved))).convert("RGBA")
+    assert np.array_equal(shown, picture.convert("RGBA"))

@@ -127,7 +127,7 @@ def test_every_figure_is_explained_below_it(notebook):
     """Directly below, or below the figures and printed checks that belong to it."""
     cells = notebook.cells
     last_lines = [cell.source.splitlines()[-1] if cell.cell_type == "code" else "" for cell in cells]
-    drawn = [i for i, line in enumerate(last_lines) if re.match(r"(figures|plotting)\.\w+\(", line)]
+    drawn = [i for i, line in enumerate(last_lines) if re.match(r"(figures|plotting|page)\.\w+\(", line)]
     assert len(drawn) > 10
     for index in drawn:
         text = next(cell.source for cell in cells[index + 1 :] if cell.cell_type == "markdown")
@@ -173,7 +173,7 @@ def test_its_stored_outputs_are_the_published_run(notebook):
 
 
 def test_the_exercises_answers_run(notebook):
-    text = next(cell.source for cell in notebook.cells if cell.source.startswith("## 11. Exercises"))
+    text = next(cell.source for cell in notebook.cells if cell.source.startswith("## 12. Exercises"))
     answers = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(answers) == text.count("<details>") == 7
     done = run([sys.executable, "-c", "\n".join(answers)], ROOT)

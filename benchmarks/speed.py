@@ -41,7 +41,6 @@ from utils.runtime import (
     pick_precision,
     say,
     set_threads,
-    write_atomically,
     write_json,
 )
 
@@ -403,8 +402,7 @@ def publish(files: Sequence[Path], readme: Path = PROJECT_ROOT / "README.md") ->
         if "curves" in stored:
             plotting.save_figure(plotting.scaling(stored["curves"]), target.with_suffix(".png"))
         say(f"published: {target}")
-    text = report.replace_block(readme.read_text("utf-8"), "speed", readme_part())
-    write_atomically(readme, text.encode())
+    report.write_block(readme, "speed", readme_part())
 
 
 def run(args: argparse.Namespace) -> None:

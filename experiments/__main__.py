@@ -43,13 +43,13 @@ def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[R
     recipe = dataclasses.replace(stages["seeds"], width=stage.width), variants.RECIPE  # shared by seeds and ablations
     if name == "confirm":
         made = {key_of(record): record["status"] for record in current}
-        screen = [(run.stage.name, run.variant.name, run.seed) for run in plan(stages, "screen", current)]
-        if missing := [key for key in screen if key not in made]:
+        screen = plan(stages, "screen", current)
+        if missing := [run for run in screen if run.key not in made]:
             raise Session10Error(f"{len(missing)} runs of the screen are still to be made: run `screen` first")
         try:
             effects = page.screen_effects(current)
         except ValueError as error:  # runs failed, and that is their result
-            failed = ", ".join(name for _, name, seed in screen if made["screen", name, seed] == "failed")
+            failed = ", ".join(run.variant.name for run in screen if made[run.key] == "failed")
             raise Session10Error(
                 f"the screen has no answer ({error}), because these runs failed: {failed}. `screen --seeds 2` repeats the "
                 "design on other images"
@@ -110,9 +110,6 @@ def run(args: argparse.Namespace) -> None:
     def records() -> list[dict]:
         return all_records(args.runs, known())  # read again each time: others may publish meanwhile
 
-    def shown() -> list[dict]:
-        return page.comparable(records(), args.small)
-
     publishes_result = args.publish and args.command in ("seeds", "all")
     if publishes_result:
         report.check_publishable(config_of(plan(stages, "seeds", [])[0]), campaign.dataset)
@@ -120,13 +117,13 @@ def run(args: argparse.Namespace) -> None:
     try:
         for name in {"all": list(STAGES), "table": []}.get(args.command, [args.command]):
             say(f"{name}, width {stages[name].width}:")
-            left = left or campaign.work(plan(stages, name, shown()), args.budget_minutes)
+            current = page.comparable(records(), args.small)
+            left = left or campaign.work(plan(stages, name, current), args.budget_minutes)
     finally:
-        # Also after an interruption: what is made is shown.
-        page.write_results(results, records(), args.small)
+        made = records()  # also after an interruption: what is made is shown
+        page.write_results(results, made, args.small)
         if args.publish:
-            text = report.replace_block(README.read_text("utf-8"), "experiments", page.readme_part(shown()))
-            runtime.write_atomically(README, text.encode())
+            report.write_block(README, "experiments", page.readme_part(page.comparable(made)))
     say(f"tables and figures: {results / page.PAGE_NAME}")
     if publishes_result and not left:
         folders = [campaign.folder(one) for one in plan(stages, "seeds", [])]
@@ -135,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
                 f"Results/ stays as it is, for want of the weights and curves of {', '.join(absent)}: that run failed, or it "
                 "was made on another machine, where this command must run"
             )
-        report.publish(*folders[:1], folders[1:])
+        report.publish(folders[0], folders[1:])
         say(f"published in {report.RESULTS}")
 
 

@@ -69,6 +69,11 @@ class Run:
     variant: Variant
     seed: int
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """As ``key_of`` its record."""
+        return self.stage.name, self.variant.name, self.seed
+
     def __str__(self) -> str:
         return f"{self.stage.name}, {self.variant.name}, seed {self.seed}"
 
@@ -139,7 +144,7 @@ class Campaign:
                     "another --runs"
                 )
             return here
-        known = (record for record in self.records if key_of(record) == (run.stage.name, run.variant.name, run.seed))
+        known = (record for record in self.records if key_of(record) == run.key)
         return next((record for record in known if not differences(record["config"], config)), None)
 
     def make(self, run: Run) -> dict:

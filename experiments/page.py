@@ -26,6 +26,7 @@ from experiments.variants import (
     screen_design,
 )
 from utils import plotting, runtime
+from utils.engine import highest_decay
 from utils.runs.report import markdown_table
 
 RESULTS = runtime.PROJECT_ROOT / "experiments" / "results"
@@ -317,11 +318,11 @@ def _averages(records: Sequence[dict]) -> list[str]:
 
 
 def _is_reached(decay: float, record: dict) -> bool:
-    """Whether the run's last update of the average had this decay (see ``engine.WeightAverage``)."""
+    """Whether the run's last update of the average had this decay."""
     config = record["config"]
     steps = math.ceil(record["train_images"] / config["batch_size"])
     last = config["epochs"] * (steps // config["ema_every"]) - 1
-    return decay ** config["ema_every"] <= (1 + last) / (10 + last)
+    return decay ** config["ema_every"] <= highest_decay(last)
 
 
 def _variants_section(records: Sequence[dict], stage: str) -> str:

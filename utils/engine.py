@@ -272,9 +272,9 @@ def make_criterion(config: Config) -> nn.CrossEntropyLoss:
 class WeightAverage(nn.Module):
     """An exponential moving average (EMA) of a network's weights and batch-norm statistics.
 
-    Each update moves the average towards the network by a share of 1 - decay. Update t, counted from 0, uses
-    min(decay, (1 + t) / (10 + t)) as its decay (TensorFlow's ``num_updates``), so that the first updates move further
-    and the untrained weights are soon forgotten. A decay too high for the run's length is therefore never reached. torch's ``AveragedModel`` lacks this and makes a GPU wait.
+    Each update moves the average towards the network by a share of 1 - decay. The first updates have lower decays than
+    the given one (see ``highest_decay``), so that the untrained weights are soon forgotten; torch's ``AveragedModel``
+    lacks this and makes a GPU wait. A decay too high for the run's length is never reached.
 
     Args:
         model: the network; the average starts as a copy of it.
@@ -298,7 +298,7 @@ class WeightAverage(nn.Module):
         """Move towards ``model`` after step ``step`` of an epoch, counted from 0."""
         if (step + 1) % self.every:
             return
-        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weight = 1 - min(self.decay, highest_decay(self.updates))
         self.updates += 1
         averages, values = [], []
         for average, value in zip(_tensors(self.module), _tensors(model), strict=True):
@@ -315,6 +315,11 @@ class WeightAverage(nn.Module):
 
     def set_extra_state(self, state: int) -> None:
         self.updates = state
+
+
+def highest_decay(updates: int) -> float:
+    """The highest decay that an average may have after ``updates`` updates (TensorFlow's ``num_updates``)."""
+    return (1 + updates) / (10 + updates)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

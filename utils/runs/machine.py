@@ -119,9 +119,8 @@ def explain_failures(batch_size: int):
                 "smaller --num-workers, or --pipeline batched, which needs none"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = " ".join(text.splitlines()[:2]).rstrip(
-                ". "
-            )  # in older versions the first line names the backend alone
+            # In older versions the first line only names the backend.
+            reason = " ".join(text.splitlines()[:2]).rstrip(". ")
             raise CompileError(
                 f"torch.compile failed ({reason}): use --compile off, or install what it needs here (a C++ compiler "
                 "for a CPU, Triton for a GPU)"

@@ -235,9 +235,9 @@ def check_publishable(config: Config, dataset: ImageDataset) -> None:
     problems = []
     if config.profile != "full" or config.train_images is not None or config.test_images is not None:
         problems.append("a profile or subset other than the full one")
-    elif config.lr_min is not None:
+    if config.lr_min is not None:
         problems.append("learning rates that were given instead of found by the range test")
-    else:
+    if not problems:
         recipe = full().to_dict()
         differing = [
             f"{name} {value!r}, not {recipe[name]!r}"
@@ -431,6 +431,11 @@ def replace_block(text: str, name: str, block: str) -> str:
     if found != 1:
         raise ValueError(f"there are {found} places for the generated part {name!r}: exactly one is needed")
     return text
+
+
+def write_block(path: Path, name: str, block: str) -> None:
+    """Replace one generated part of a file; ValueError as ``replace_block``."""
+    write_atomically(path, replace_block(path.read_text(encoding="utf-8"), name, block).encode())
 
 
 def model_summary() -> str:

@@ -54,7 +54,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("screen", width=32, holdout=10_000, first_seed=0, seeds=1, changes=BEFORE | {"ema_also": EMA_ALSO}),
-        Stage("confirm", width=64, holdout=5_000, first_seed=50, seeds=3, changes=BEFORE),
+        Stage("confirm", width=64, holdout=5_000, first_seed=50, seeds=4, changes=BEFORE),
         Stage("seeds", width=64, holdout=0, first_seed=100, seeds=5),
         Stage("ablations", width=64, holdout=0, first_seed=100, seeds=3),
     )

@@ -15,12 +15,14 @@ from matplotlib.figure import Figure
 from experiments.campaign import FOLDS, STAGES, is_current, read_json
 from experiments.effects import Effect, main_effects, paired
 from experiments.variants import (
+    ALL_THAT_HELPED,
     BASE,
     FACTORS,
     RECIPE,
     Variant,
     ablations,
     confirm,
+    is_regularized,
     levels_of,
     plackett_burman,
     screen_design,
@@ -60,8 +62,15 @@ It is repeated with other seeds: the differences between its repetitions are the
 
 The proposals follow a rule from before the screen: all factors whose effect on accuracy exceeds its standard error,
 and the three largest of these. They are tried at full width, since a narrow network, which under-fits, can mislead.
+It misleads most about regularizers, so two of these are tried on top of all that helped.
 
 {{confirm}}
+
+The rule for the choice, from before the first run of this stage ended: the proposal with the largest difference to the
+base in the mean of plain and flip TTA accuracy, if that exceeds its standard error; else the base. A regularizer comes
+in if it beats all that helped by more than the standard error of their difference.
+
+{{choice}}
 
 ## What was frozen, and why
 
@@ -136,14 +145,31 @@ def _screen_answers(records: Sequence[dict]) -> dict[str, list[Effect]]:
         return {}
 
 
-def differences(records: Sequence[dict], stage: str, measure: str) -> dict[str, Effect]:
-    """By variant of ``stage``: its paired difference to the base or the recipe."""
+def differences(records: Sequence[dict], stage: str, measure: str, reference: str | None = None) -> dict[str, Effect]:
+    """By variant of ``stage``: its paired difference to ``reference``, by default the base or the recipe."""
+    reference = reference or _reference(stage)
     by_variant: dict[str, dict[int, float]] = {}
     for record in _done(records, stage):
-        by_variant.setdefault(record["variant"], {})[record["seed"]] = record[measure]
-    reference = by_variant.pop(_reference(stage), {})
-    found = {name: paired(name, values, reference) for name, values in by_variant.items()}
+        by_variant.setdefault(record["variant"], {})[record["seed"]] = _value(record, measure)
+    compared = by_variant.pop(reference, {})
+    found = {name: paired(name, values, compared) for name, values in by_variant.items()}
     return {name: effect for name, effect in found.items() if effect is not None}
+
+
+def chosen(records: Sequence[dict]) -> str:
+    """The variant that the confirmation chooses, by the rule that the page states."""
+
+    def best(reference: str, regularized: bool) -> str:
+        found = differences(records, "confirm", "score", reference)
+        clear = [
+            one
+            for one in found.values()
+            if is_regularized(one.name) == regularized and one.error is not None and one.value > one.error
+        ]
+        return max(clear, key=lambda one: one.value).name if clear else reference
+
+    proposal = best(BASE.name, regularized=False)
+    return best(proposal, regularized=True) if proposal == ALL_THAT_HELPED else proposal
 
 
 def _reference(stage: str) -> str:
@@ -270,7 +296,10 @@ def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
     sections = {stage: _variants_section(records, stage) for stage in ("confirm", "seeds", "ablations")}
     if differences(records, "ablations", "test_accuracy"):
         sections["ablations"] += "\n\n" + _picture(ABLATIONS_NAME)
-    return PAGE.format(count=count, frozen=frozen, screen=_screen_section(records), **sections)
+    choice = ""
+    if differences(records, "confirm", "test_accuracy"):
+        choice = f"It chooses: **{chosen(records)}**."
+    return PAGE.format(count=count, frozen=frozen, screen=_screen_section(records), choice=choice, **sections)
 
 
 def _screen_section(records: Sequence[dict]) -> str:

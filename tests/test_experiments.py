@@ -134,13 +134,56 @@ def test_every_variant_is_a_config_of_its_own():
 
 
 def test_confirmed_is_what_exceeds_its_error():
-    effects = [Effect(f.name, number - 6, 1.5, 15) for number, f in enumerate(variants.FACTORS)]
-    base, three = variants.confirm(effects)
+    effects = [Effect(f.name, number - 5, 1.5, 15) for number, f in enumerate(variants.FACTORS)]
+    base, *proposals = variants.confirm(effects)
     assert base == variants.BASE
+    assert [variant.name for variant in proposals] == [
+        "all that helped",
+        "the three that helped most",
+        "all that helped, decay x 2",
+        "all that helped, label smoothing 0.2",
+    ]
+    three, regularized = proposals[1:3]
+    assert {f.name for f in variants.FACTORS if regularized.changes[f.field] == f.high} == {
+        "decay x 2",
+        *(factor.name for factor in variants.FACTORS[7:]),
+    }
     assert set(three.shows.split(", ")) == {factor.name for factor in variants.FACTORS[8:]}
     assert three.changes["beta2"] == 0.95
     assert three.changes["decay_at_peak"] == variants.BASE.changes["decay_at_peak"]
     assert variants.confirm([]) == [variants.BASE]
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({}, "base"),
+        ({"all that helped": (0.4, 0.5)}, "all that helped"),
+        ({"all that helped": (0.9, -0.7)}, "base"),  # its mean is within its standard error
+        ({"all that helped": (0.4, 0.5), "the three that helped most": (0.6, 0.7)}, "the three that helped most"),
+        ({"all that helped": (0.4, 0.5), "all that helped, decay x 2": (0.6, 0.8)}, "all that helped, decay x 2"),
+        ({"all that helped": (0.4, 0.5), "all that helped, decay x 2": (0.2, 0.8)}, "all that helped"),
+        ({"all that helped": (-0.4, -0.5), "all that helped, decay x 2": (0.6, 0.7)}, "base"),
+        ({"all that helped": (0.4, None)}, "base"),  # one pair says nothing about the noise
+    ],
+)
+def test_the_confirmation_chooses_what_is_clearly_better(gains, expected):
+    accuracies = {"base": (0.0, 0.0), **gains}
+    records = [
+        {
+            "stage": "confirm",
+            "variant": name,
+            "seed": seed,
+            "status": "done",
+            "test_accuracy": 94.0 + gain,
+            "test_accuracy_tta": 94.4 + gain,
+            "config": {"width": 64},
+        }
+        for name, pair in accuracies.items()
+        for seed, gain in enumerate(pair)
+        if gain is not None
+    ]
+    assert page.chosen(records) == expected
 
 
 def test_choices_are_made_without_the_test_set(toy, tmp_path, trained):

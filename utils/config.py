@@ -50,8 +50,10 @@ class Config:
     residual: bool = True  # False: R(x) instead of x + R(x), the ablation this lesson is about
     conv_padding: Literal["zeros", "replicate"] = "zeros"  # what pads the input of a convolution
     norm_momentum: Fraction = 0.1  # how far batch norm's running statistics move per step
-    ghost_batch: Annotated[int, Field(ge=0)] = 0  # batch norm over groups of this many images; 0: the whole batch
-    init: Literal["default", "patches"] = "default"  # "patches": first filters computed from patches of the images
+    # Batch norm over groups of this many images, whose noise regularizes a little; 0: over the whole batch.
+    ghost_batch: Annotated[int, Field(ge=0)] = 64
+    # "patches": the first filters are computed from patches of the train images, so they need not be learned.
+    init: Literal["default", "patches"] = "patches"
 
     # --- optimizer: Adam ----------------------------------------------------------------------------------------
     beta1: Fraction = 0.9
@@ -62,7 +64,7 @@ class Config:
     decay_at_peak: Annotated[float, Field(ge=0)] = 1.5e-3
     coupled_decay: Annotated[float, Field(ge=0)] = 0.0  # above 0: Adam with an L2 penalty of this size instead
     decay_norm_and_bias: bool = True  # False: no decay of batch norm's weights and the biases
-    label_smoothing: Fraction = 0.1
+    label_smoothing: Fraction = 0.2
     ema_decay: Fraction = 0.99  # per step: averages over about 100. The averaged weights are tested; 0: no average
     ema_also: tuple[Fraction, ...] = ()  # further averages, kept to compare their lengths
     ema_every: Count = 5  # steps between two updates, each with ema_decay ** ema_every
@@ -73,7 +75,8 @@ class Config:
     schedule: Literal["one-cycle", "constant", "no-warm-up", "annihilation"] = "one-cycle"  # the others: ablations
     lr_min: Positive | None = None  # None: found by the range test, as is lr_max
     lr_max: Positive | None = None
-    lr_rule: Literal["steepest-minimum", "valley-minimum", "tenth-minimum", "onset-minimum"] = "steepest-minimum"
+    # From where learning begins to where it no longer helps: the low end lets the cycle anneal further.
+    lr_rule: Literal["steepest-minimum", "valley-minimum", "tenth-minimum", "onset-minimum"] = "onset-minimum"
     lr_min_factor: Positive = 1.0  # the ends of the cycle as multiples of what the rule finds
     lr_max_factor: Positive = 1.0
     cycle_beta1: bool = False  # False: only the LR cycles, beta1 stays constant

@@ -43,6 +43,7 @@ from utils.runtime import pick_device, pick_precision, say, seed_everything, wri
 
 LRS = (1e-3, 1e-2)  # no range test: the LRs do not change the speed
 FILE_NAME = "gpu.json"
+TIME_IS_UP = "the time is up: the same command goes on with the other rows"
 
 
 def config_of(quick: bool, **changes) -> Config:
@@ -74,7 +75,7 @@ def time_run(config: Config, device: str) -> dict:
     return {
         "first_seconds": seconds[0],
         "seconds": seconds[1],
-        "text": f"{seconds[1]:.1f} s (first time {seconds[0]:.1f} s), {state.history.test_accuracy[-1]:.2f}%",
+        "text": f"{seconds[1]:.1f} s (first time {seconds[0]:.1f} s)",
     }
 
 
@@ -179,13 +180,16 @@ def measure_all(args: argparse.Namespace) -> dict:
             continue
         left = None if args.budget_minutes is None else 60 * args.budget_minutes - (time.monotonic() - began)
         if left is not None and left < 1:
-            say("the time is up: the same command goes on with the other rows")
+            say(TIME_IS_UP)
             break
         with Worker(str(device), args.threads) as worker:
             try:
                 row = worker.call(function, timeout=left)
             except RowError as error:
                 row = {"error": str(error)}
+        if "error" in row and left is not None and time.monotonic() - began >= 60 * args.budget_minutes:
+            say(TIME_IS_UP)  # and not the row's fault
+            break
         progress(f"{name}: {row.get('text') or row['error']}")
         result["rows"].append({"part": part, "name": name, **row})
         write_json(path, result)

@@ -332,6 +332,8 @@ def markdown_table(stored: dict) -> str:
             )
         )
     columns = ("images / s", "of the matrix-product rate", "peak memory", "times the first row")
+    if all("images_per_second" not in row for row in stored["rows"]):
+        columns, lines = ("measured",), [line[:2] for line in lines]
     return f"{how_measured(stored)}\n\n{aligned_table(('', *columns), lines)}"
 
 
@@ -349,9 +351,10 @@ def how_measured(stored: dict) -> str:
     turns = "repeats with their range"
     if machine["warm_up_passes"]:  # on a CPU, where the rows take turns
         turns = f"interleaved {turns}, each after {machine['warm_up_passes']} passes to warm up"
+    outrun = any(row.get("matmul_fraction", 0) > 1 for row in stored["rows"])
     return (
         f"{on}batch {stored['rows'][0]['batch_size']}, median of {repeats} {turns}; matrix products run at {matmul} "
-        f"there (a share above 100%: convolutions outrun them). {packages}."
+        f"there{' (a share above 100%: convolutions outrun them)' if outrun else ''}. {packages}."
     )
 
 

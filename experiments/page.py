@@ -149,11 +149,17 @@ def differences(records: Sequence[dict], stage: str, measure: str, reference: st
     """By variant of ``stage``: its paired difference to ``reference``, by default the base or the recipe."""
     reference = reference or _reference(stage)
     by_variant: dict[str, dict[int, float]] = {}
-    for record in _done(records, stage):
+    for record in sorted(_done(records, stage), key=_place):
         by_variant.setdefault(record["variant"], {})[record["seed"]] = _value(record, measure)
     compared = by_variant.pop(reference, {})
     found = {name: paired(name, values, compared) for name, values in by_variant.items()}
     return {name: effect for name, effect in found.items() if effect is not None}
+
+
+def _place(record: dict) -> int:
+    """Where a record's variant stands in its plan; those of no plan come last."""
+    planned = [RECIPE.name, BASE.name, ALL_THAT_HELPED, *(variant.name for variant in ablations())]
+    return planned.index(record["variant"]) if record["variant"] in planned else len(planned)
 
 
 def chosen(records: Sequence[dict]) -> str:
@@ -285,7 +291,7 @@ def readme_part(records: Sequence[dict]) -> str:
     if differences(records, "ablations", "test_accuracy"):
         parts += [
             "### What each part is worth",
-            _variants_section(records, "ablations"),
+            variants_section(records, "ablations"),
             _picture(ABLATIONS_NAME, folder),
         ]
     return "\n\n".join(parts)
@@ -293,7 +299,7 @@ def readme_part(records: Sequence[dict]) -> str:
 
 def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
     """The page's Markdown, from the current records, the count of all records, and the hand-written part."""
-    sections = {stage: _variants_section(records, stage) for stage in ("confirm", "seeds", "ablations")}
+    sections = {stage: variants_section(records, stage) for stage in ("confirm", "seeds", "ablations")}
     if differences(records, "ablations", "test_accuracy"):
         sections["ablations"] += "\n\n" + _picture(ABLATIONS_NAME)
     choice = ""
@@ -354,15 +360,15 @@ def _is_reached(decay: float, record: dict) -> bool:
     return decay ** config["ema_every"] <= highest_decay(last)
 
 
-def _variants_section(records: Sequence[dict], stage: str) -> str:
+def variants_section(records: Sequence[dict], stage: str) -> str:
     """A table of a stage's variants, the one that the others are compared with first."""
     runs, done = _runs(records, stage), _done(records, stage)
     if not done:
         return "No run of it is finished yet."
     plain, tta = (differences(records, stage, name) for name in ("test_accuracy", "test_accuracy_tta"))
-    shows = {record["variant"]: record["shows"] for record in runs}
+    shows = {record["variant"]: record["shows"] for record in sorted(runs, key=_place)}
     rows = []
-    for name in sorted(shows, key=lambda name: name != _reference(stage)):
+    for name in shows:
         finished = [record for record in done if record["variant"] == name]
         failed = sum(record["variant"] == name for record in runs) - len(finished)
         rows.append(

@@ -74,26 +74,12 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         size, larger = divmod(len(x), groups)
         split = larger * (size + 1)
         parts = [(x[:split], larger), (x[split:], groups - larger)]
-        outputs, means, variances = zip(*(self._as_channels(part, count) for part, count in parts if count))
-        return torch.cat(outputs), torch.cat(means), torch.cat(variances)
-
-    def _as_channels(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One call of torch's batch norm for groups of equal size: each group gets separate channels."""
-        mean, variance = x.new_zeros((2, groups * x.shape[1]), dtype=self.running_mean.dtype)
-        pixels = x.permute(0, 2, 3, 1).unflatten(0, (groups, -1))  # (groups, N / groups, H, W, C)
-        channels = pixels.permute(1, 2, 3, 0, 4).flatten(3)  # (N / groups, H, W, groups * C)
-        channels = F.batch_norm(
-            channels.permute(0, 3, 1, 2),
-            mean,
-            variance,
-            self.weight.repeat(groups),
-            self.bias.repeat(groups),
-            training=True,
-            momentum=1.0,  # so that `mean` and `variance` become this batch's
-            eps=self.eps,
-        )
-        pixels = channels.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4)
-        return pixels.flatten(0, 1).permute(0, 3, 1, 2), mean.view(groups, -1), variance.view(groups, -1)
+        results = [
+            _NormalizeAsChannels.apply(part, self.weight, self.bias, count, self.eps) for part, count in parts if count
+        ]
+        if len(results) == 1:
+            return results[0]
+        return tuple(torch.cat(each) for each in zip(*results))
 
 
 class _NormalizeGroups(torch.autograd.Function):
@@ -146,6 +132,63 @@ class _NormalizeGroups(torch.autograd.Function):
                 out2=to_bias[group],
             )
         return to_x, to_weight.sum(0), to_bias.sum(0), None, None
+
+
+class _NormalizeAsChannels(torch.autograd.Function):
+    """Batch norm over each of ``groups`` parts of equal size, in one call: each part gets channels of its own.
+
+    The copies that this takes cost less than many small launches; autograd's own bookkeeping of them would cost more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        mean, variance = weight.new_zeros((2, groups * x.shape[1]))
+        channels, weights = _to_channels(x, groups), weight.repeat(groups)
+        out, saved_mean, saved_invstd = torch.native_batch_norm(
+            channels,
+            weights,
+            bias.repeat(groups),
+            mean,
+            variance,
+            training=True,
+            momentum=1.0,  # so that `mean` and `variance` become this batch's
+            eps=eps,
+        )
+        ctx.save_for_backward(channels, weights, saved_mean, saved_invstd)
+        ctx.groups, ctx.eps = groups, eps
+        mean, variance = mean.view(groups, -1), variance.view(groups, -1)
+        ctx.mark_non_differentiable(mean, variance)
+        return _from_channels(out, groups), mean, variance
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        channels, weights, saved_mean, saved_invstd = ctx.saved_tensors
+        to_channels, to_weights, to_biases = torch.ops.aten.native_batch_norm_backward(
+            _to_channels(gradient, ctx.groups),
+            channels,
+            weights,
+            None,
+            None,
+            saved_mean,
+            saved_invstd,
+            True,
+            ctx.eps,
+            [True, True, True],
+        )
+        to_weight, to_bias = (each.view(ctx.groups, -1).sum(0) for each in (to_weights, to_biases))
+        return _from_channels(to_channels, ctx.groups), to_weight, to_bias, None, None
+
+
+def _to_channels(x: Tensor, groups: int) -> Tensor:
+    """(N, C, H, W) -> (N / groups, groups * C, H, W), channels_last."""
+    pixels = x.permute(0, 2, 3, 1).unflatten(0, (groups, -1))  # (groups, N / groups, H, W, C)
+    return pixels.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
+
+
+def _from_channels(channels: Tensor, groups: int) -> Tensor:
+    """The inverse of ``_to_channels``."""
+    pixels = channels.permute(0, 2, 3, 1).unflatten(3, (groups, -1))  # (N / groups, H, W, groups, C)
+    return pixels.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def ghost_batch_norm(model: nn.Module, group: int) -> None:

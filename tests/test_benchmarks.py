@@ -117,6 +117,8 @@ def test_everything_for_a_gpu_is_one_command_that_goes_on_where_it_stopped(image
     argv = [*QUICK, "--num-workers", "0", "--out", str(tmp_path)]
     assert gpu.main([*argv, "--budget-minutes", "0.001"]) == 0
     assert "the time is up" in capsys.readouterr().out
+    assert gpu.main([*argv, "--budget-minutes", "0.02"]) == 0  # ends within a row, which is measured again
+    assert "the time is up" in capsys.readouterr().out
     assert gpu.main(argv) == 0
     first = json.loads((tmp_path / gpu.FILE_NAME).read_text(encoding="utf-8"))
     names = {row["name"] for row in first["rows"]}

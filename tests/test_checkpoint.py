@@ -163,7 +163,8 @@ def test_another_config_other_images_or_another_network_is_refused_with_what_dif
     found = refused(job(batch_size=30, seed=5))
     assert "belongs to another run: batch_size 10 there, 30 here; seed 0 there, 5 here. Choose another" in found
     assert "other images" in refused(job(toy.subset(40)))
-    monkeypatch.setattr(engine, "build_model", lambda *args: torch.nn.Sequential(torch.nn.Linear(3, 7)))
+    other = torch.nn.Sequential(torch.nn.Conv2d(3, 7, 3))
+    monkeypatch.setattr(engine, "build_model", lambda *args: other)
     assert "is of another model (conv.weight is (8, 3, 3, 3) there, missing here)" in refused(job())
 
 

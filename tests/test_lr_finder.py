@@ -284,7 +284,7 @@ def test_the_ends_of_the_cycle_may_be_multiples_of_what_the_rule_finds(parts, fa
     model, loader, _ = parts
     settings = dict(batch_size=20, range_test_start=1e-5, range_test_end=100.0, range_test_steps=70)
     found = find_range(model, loader, quick(**settings, lr_min_factor=low, lr_max_factor=high), FP32)
-    assert found.lr_min == low * found.suggestions["steepest"]
+    assert found.lr_min == low * found.suggestions["onset"]
     assert found.lr_max == high * found.suggestions["minimum"]
     with pytest.raises(LRRangeError, match=r"lr_min_factor 1000000.0 .* choose factors that leave LRMIN below LRMAX"):
         find_range(model, loader, quick(**settings, lr_min_factor=1e6), FP32)

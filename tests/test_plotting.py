@@ -97,6 +97,7 @@ FIGURES = {
     "curves, quick": lambda: curves(6, 2, 45, every=2),
     "mistakes, long names": lambda: mistakes(12, LONG[0]),
     "grid, long names": lambda: plotting.image_grid(PICTURES, LONG, "Test images"),
+    "filters": lambda: plotting.filter_grid(np.eye(27).reshape(27, 3, 3, 3), "The first filters"),
     "maps": lambda: plotting.activation_maps(PICTURES[:8], np.ones((8, 32, 32)), LONG, LONG[::-1], "Evidence"),
     "effects": experiment,
     "panels": lambda: plotting.curves(PANELS, "epoch", "train error in percent"),
@@ -169,6 +170,16 @@ def test_pictures_are_drawn_pixel_by_pixel_without_ticks():
         for axis in shown:
             assert axis.images[0].get_interpolation() == "nearest"
             assert len(axis.get_xticks()) == len(axis.get_yticks()) == 0
+
+
+def test_filters_are_pictures_in_which_grey_is_zero():
+    filters = np.zeros((20, 3, 3, 3))
+    filters[0, 2, 0, 1], filters[19, 0, 2, 0] = 0.5, -0.25  # blue in the first row, red in the last
+    shown = [axis.images[0].get_array() for axis in plotting.filter_grid(filters, "filters").axes if axis.images]
+    assert len(shown) == 20
+    assert shown[0][0, 1].tolist() == [0.5, 0.5, 1.0]
+    assert shown[19][2, 0].tolist() == [0.25, 0.5, 0.5]
+    assert np.all(shown[1] == 0.5)
 
 
 def test_range_test_marks_every_rule_in_its_own_row_and_those_in_use_in_red():

@@ -118,7 +118,7 @@ def test_a_run_with_a_range_test_ends_with_a_summary_in_one_line(tmp_path, capsy
     assert lines[-1].endswith(f"results in {tmp_path / 'run'}")
     metrics = report.read_metrics(tmp_path / "run")
     assert len(metrics["history"]["lr"]) == EPOCHS
-    assert metrics["lr_rule"] == "steepest-minimum"
+    assert metrics["lr_rule"] == "onset-minimum"
     assert (tmp_path / "run" / WEIGHTS_NAME).exists()
     assert (tmp_path / "run" / report.LOG_NAME).exists()
 

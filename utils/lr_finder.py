@@ -3,7 +3,7 @@
 torch-lr-finder runs the sweep; this module reads several suggestions off the curve. A rule names the two that become
 the ends of the cycle:
 
-    rule "steepest-minimum":  LRMIN = where the loss falls fastest,  LRMAX = where it stops falling.
+    rule "onset-minimum":  LRMIN = where the loss begins to fall,  LRMAX = where it stops falling.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def find_lr(
     start: float = 1e-6,
     end: float = 1.0,
     steps: int = 100,
-    rule: str = "steepest-minimum",
+    rule: str = "onset-minimum",
 ) -> LRRange:
     """Sweep the LR from ``start`` to ``end`` and read LRMIN and LRMAX off the curve.
 
@@ -192,7 +192,7 @@ def find_range(model: nn.Module, train_loader: Iterable, config: Config, precisi
     return dataclasses.replace(found, lr_min=low, lr_max=high)
 
 
-def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "steepest-minimum") -> LRRange:
+def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum") -> LRRange:
     """Read the suggestions off a finished sweep.
 
     Args:

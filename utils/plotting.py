@@ -156,6 +156,22 @@ def augmentation_grid(originals: np.ndarray, augmented: np.ndarray, names: Seque
 
 
 @styled
+def filter_grid(filters: np.ndarray, title: str) -> Figure:
+    """The filters of a first convolution as small pictures, sixteen a row.
+
+    Args:
+        filters: (N, 3, H, W) float. Grey stands for 0, and the extreme colours for the largest weight of all.
+    """
+    columns = 16
+    rows = math.ceil(len(filters) / columns)
+    pictures = 0.5 + 0.5 * filters.transpose(0, 2, 3, 1) / np.abs(filters).max()
+    figure, axes = _picture_grid(title, 0.4 + 0.55 * rows, rows, columns)
+    for axis, picture in zip(axes.flat, pictures):
+        _show_picture(axis, picture)
+    return figure
+
+
+@styled
 def misclassified(
     pictures: np.ndarray,
     predicted: Sequence[str],
@@ -448,6 +464,7 @@ def effects(
     figure, axis = new_figure(1.1 + 0.27 * len(names))
     axis.axvline(0, color=GREY, ls="--", lw=1.2)
     axis.xaxis.set_major_formatter(f"{{x:+.{decimals}f}}")
+    axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # no ticks that rounding would move
     for row, (mean, error, values) in enumerate(zip(means, errors, seeds)):
         axis.plot(values, [row + 0.25] * len(values), "o", color=GREY, mec="none", alpha=0.7, ms=4)
         axis.errorbar(mean, row, xerr=error, fmt="o", color=BLUE, ms=6, capsize=3, lw=1.6, zorder=3)

@@ -105,6 +105,12 @@ def network(model: CustomResNet) -> Figure:
     return plotting.block_diagram(lesson.diagram_stages(model))
 
 
+def first_filters(model: CustomResNet) -> Figure:
+    """The filters of the first convolution as they are now."""
+    weights = model.prep.conv.conv.weight.detach().float().cpu().numpy()
+    return plotting.filter_grid(weights, "The filters of the first convolution, before training")
+
+
 def lr_range_test(lr_range: LRRange) -> Figure:
     """The range test's curve and what each rule suggests; ``lr_range`` must come from a range test."""
     return plotting.lr_range_test(

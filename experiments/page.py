@@ -230,16 +230,21 @@ def _hand_written(page: str) -> str:
 def runs_table(records: Sequence[dict]) -> str:
     """A Markdown line for every run."""
     settings = ("Stage", "Width", "Variant", "Seed", "Split")
-    results = ("Accuracy", "Flip TTA", "Loss", "Train", "LRMIN", "LRMAX", "Minutes")
+    results = ("Accuracy", "Flip TTA", "Loss", "Train", "LRMIN", "LRMAX", "Minutes", "Device")
     rows = []
     for record in records:
         row = [record["stage"], record["config"]["width"], record["variant"], record["seed"], record["split"]]
         if record["status"] == "failed":
-            row += [f"failed: {record['reason']}", *[""] * 6]
+            row += [f"failed: {record['reason']}", *[""] * 6, record["device"]]
         else:
             row += [f"{record[name]:.2f}" for name in ("test_accuracy", "test_accuracy_tta")]
             row += [f"{record['test_loss']:.4f}", f"{record['train_accuracy']:.2f}"]
-            row += [f"{record['lr_min']:.1e}", f"{record['lr_max']:.1e}", f"{record['wall_seconds'] / 60:.1f}"]
+            row += [
+                f"{record['lr_min']:.1e}",
+                f"{record['lr_max']:.1e}",
+                f"{record['wall_seconds'] / 60:.1f}",
+                record["device"],
+            ]
         rows.append(row)
     note = "Minutes are wall time, including whatever else the machine did."
     return f"# Every run that was made\n\n{note}\n\n{markdown_table((*settings, *results), rows)}\n"
@@ -382,7 +387,8 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
             ]
         )
     header = ("Variant", "Seeds", "Accuracy", "Flip TTA", "Loss", "Difference", "with TTA", "Shows")
-    return f"{_about(done)}. Differences are paired by seed.\n\n{markdown_table(header, rows)}"
+    devices = " and ".join(sorted({record["device"] for record in done}))
+    return f"{_about(done)}, on {devices}. Differences are paired by seed.\n\n{markdown_table(header, rows)}"
 
 
 def _about(records: Sequence[dict]) -> str:

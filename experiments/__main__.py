@@ -25,7 +25,7 @@ README = runtime.PROJECT_ROOT / "README.md"
 
 
 def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[Run]:
-    """The runs of one stage, seed by seed, so that a time limit leaves whole seeds out.
+    """The runs of one stage, seed by seed, so that a time limit cuts the last seeds.
 
     Args:
         stages: by name.

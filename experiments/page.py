@@ -66,7 +66,7 @@ It misleads most about regularizers, so two of these are tried on top of all tha
 
 {{confirm}}
 
-The rule for the choice, from before the first run of this stage ended: the proposal with the largest difference to the
+The rule for the choice, from before any result of this stage was known: the proposal with the largest difference to the
 base in the mean of plain and flip TTA accuracy, if that exceeds its standard error; else the base. A regularizer comes
 in if it beats all that helped by more than the standard error of their difference.
 
@@ -371,7 +371,9 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
     if not done:
         return "No run of it is finished yet."
     plain, tta = (differences(records, stage, name) for name in ("test_accuracy", "test_accuracy_tta"))
+    planned = {variant.name: variant.shows for variant in [RECIPE, *ablations()]}
     shows = {record["variant"]: record["shows"] for record in sorted(runs, key=_place)}
+    shows |= {name: planned[name] for name in shows if name in planned}  # in today's words
     rows = []
     for name in shows:
         finished = [record for record in done if record["variant"] == name]
@@ -388,7 +390,12 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
         )
     header = ("Variant", "Seeds", "Accuracy", "Flip TTA", "Loss", "Difference", "with TTA", "Shows")
     devices = " and ".join(sorted({record["device"] for record in done}))
-    return f"{_about(done)}, on {devices}. Differences are paired by seed.\n\n{markdown_table(header, rows)}"
+    about = [f"{_about(done)}, on {devices}.", "Differences are paired by seed."]
+    if any(effect.error is None for effect in plain.values()):
+        about.append("One from a single pair has no standard error: equal runs, too, differ by some tenths of a point.")
+    if stage == "ablations" and (missing := [name for name in planned if name not in shows]):
+        about.append(f"Still to be made: {', '.join(missing)}.")
+    return f"{' '.join(about)}\n\n{markdown_table(header, rows)}"
 
 
 def _about(records: Sequence[dict]) -> str:

@@ -129,7 +129,7 @@ def is_regularized(name: str) -> bool:
 
 
 def ablations() -> list[Variant]:
-    """The recipe without one of its parts at a time, those that the screen added included."""
+    """The recipe without one of its parts at a time, those that the screen and the confirmation added included."""
     recipe = full()
     added = [factor for factor in FACTORS if getattr(recipe, factor.field) == factor.high]
     return [
@@ -149,7 +149,9 @@ def ablations() -> list[Variant]:
             for share in (0.1, 0.4)
         ),
         Variant("no warm-up", "what the way up to LRMAX buys", {"schedule": "no-warm-up"}),
-        Variant("annihilation", "what a last LR of LRMIN / 100 would buy", {"schedule": "annihilation"}),
+        Variant(
+            "annihilation", "the same ramp down to LRMIN / 100, as the original had it", {"schedule": "annihilation"}
+        ),
         Variant("no cutout", "what cutout buys", {"cutout": 0}),
         Variant("no flip", "what mirrored images buy", {"flip": False, "alternate_flip": False}),
         Variant("padding 2", "what moving by 4 pixels buys over 2", {"pad": 2}),

@@ -64,7 +64,7 @@ class Config:
     decay_at_peak: Annotated[float, Field(ge=0)] = 1.5e-3
     coupled_decay: Annotated[float, Field(ge=0)] = 0.0  # above 0: Adam with an L2 penalty of this size instead
     decay_norm_and_bias: bool = True  # False: no decay of batch norm's weights and the biases
-    label_smoothing: Fraction = 0.2
+    label_smoothing: Fraction = 0.2  # chosen over 0.1 by the confirmation (experiments/results/README.md)
     ema_decay: Fraction = 0.99  # per step: averages over about 100. The averaged weights are tested; 0: no average
     ema_also: tuple[Fraction, ...] = ()  # further averages, kept to compare their lengths
     ema_every: Count = 5  # steps between two updates, each with ema_decay ** ema_every
@@ -83,7 +83,7 @@ class Config:
 
     # --- LR range test --------------------------------------------------------------------------------------------
     range_test_start: Positive = 1e-6  # low enough to show the flat part of the curve
-    range_test_end: Positive = 1.0  # far beyond divergence
+    range_test_end: Positive = 1.0  # far beyond the minimum
     range_test_steps: Annotated[int, Field(ge=20)] = 100  # fewer make the curve unreadable
 
     # --- run ------------------------------------------------------------------------------------------------------

@@ -53,7 +53,12 @@ ORIGIN = (
 
 # What others published for networks of this kind on CIFAR-10: (who, how, test accuracy, time on which hardware).
 PUBLISHED = (
-    ("The original Session 10 write-up", "this model and recipe, single run", "93.10%", "about 13 min, T4"),
+    (
+        "The original Session 10 write-up",
+        "this model, the assignment's recipe, single run",
+        "93.10%",
+        "about 13 min, T4",
+    ),
     ("Others on the same assignment", "Adam, single runs", "90.3 to 93.3%", "not stated"),
     (
         "[D. Page, *How to train your ResNet*](https://github.com/davidcpage/cifar10-fast) (2018)",

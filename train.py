@@ -10,6 +10,7 @@ The notebook Session10.ipynb does the same step by step, with explanations.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -20,6 +21,7 @@ from utils import config as configs
 from utils import runtime
 from utils.dataset import load_dataset
 from utils.runs import report
+from utils.runs.checkpoint import CheckpointError
 from utils.runs.door import run_door
 from utils.runs.job import Job
 from utils.runs.ranks import join_ranks, leave_ranks
@@ -138,9 +140,10 @@ def make_config(args: argparse.Namespace) -> configs.Config:
 def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
     job: Job | None = None
+    is_refused = False  # the folder holds another run, or no usable one
 
     def train() -> None:
-        nonlocal job
+        nonlocal job, is_refused
         args = make_parser().parse_args(argv)
         config = make_config(args)
         ranks, device_name = join_ranks(args.device)
@@ -159,11 +162,16 @@ def main(argv: list[str] | None = None) -> int:
             report.check_publishable(config, dataset)
         run_dir = args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"
         job = Job(config, dataset, run_dir, device=device, ranks=ranks, resume=args.resume)
-        with job:
+        try:
+            job.open()
+        except CheckpointError:
+            is_refused = True
+            raise
+        with contextlib.closing(job):
             run(job, args)
 
     def kept() -> str:
-        if job is None or not job.ranks.is_first:
+        if job is None or is_refused or not job.ranks.is_first:
             return ""
         next_step = "add --resume to the same command to continue" if job.folder.holds_checkpoint else "run it again"
         return f"{job.kept()}: {next_step}"

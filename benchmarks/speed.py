@@ -152,11 +152,8 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
         ours.append(dict(ours[-1], name="ours, bf16, packed", packed=True))
     default = ours[-1]  # what train.py does here
     others = [dict(default, name=f"{default['name']}, compile {mode}", compile=mode) for mode in args.compile]
-    if device.type == "cuda":  # in bf16, batch norm has torch's own kernels; in fp16, cuDNN's
-        half = dict(name="ours, fp16", precision="fp16")
-        if precision != "fp16":
-            others.append(half)
-        others.append(dict(half, name="ours, fp16, native batch norm", native_norm=True))
+    if device.type == "cuda" and precision != "fp16":
+        others.append(dict(name="ours, fp16", precision="fp16"))
 
     train = partial(make, images=args.images, batch_size=args.batch_size)
     test_images = 20 if args.quick else 1000 if on_cpu else 10_000

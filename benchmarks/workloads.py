@@ -16,7 +16,6 @@ from multiprocessing import get_context, set_start_method
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import reference
@@ -53,7 +52,6 @@ class Workload:
     padding: str = "zeros"  # of the reference's convolutions, "replicate" or "zeros"; ours pads with zeros
     precision: str = "fp32"  # "fp32", "bf16" or "fp16"; the reference is fp32
     packed: bool = False  # lay small maps side by side (models/packed.py)
-    native_norm: bool = False  # torch's own batch norm where cuDNN's would run (on CUDA, in fp32 and fp16)
     tta: bool = False  # evaluate the mirror images too
     num_workers: int = 0  # loader processes of the reference
     threads: int | None = None  # CPU threads, None for torch's choice
@@ -112,8 +110,6 @@ def make_pass(workload: Workload) -> Callable[[], object]:
     model = build_model(config, len(CIFAR10_CLASSES))
     if workload.packed:
         pack_small_maps(model)
-    if workload.native_norm:
-        without_cudnn_norm(model)
     state = start(model, config, 1e-5, 1e-4, len(train_loader), precision)
     if workload.part == "evaluation":
         return lambda: evaluate(state.tested_model, test_loader, precision=precision, tta=workload.tta)
@@ -133,19 +129,6 @@ def random_images(train: int, test: int) -> ImageDataset:
 def _exhaust(loader: Iterable) -> None:
     for _ in loader:
         pass
-
-
-class _NativeBatchNorm2d(nn.BatchNorm2d):
-    def forward(self, x):
-        with torch.backends.cudnn.flags(enabled=False):  # the backward pass follows the forward pass's choice
-            return super().forward(x)
-
-
-def without_cudnn_norm(model: nn.Module) -> None:
-    """Make every batch norm of ``model`` use torch's own kernels, in place. (In bf16 they always do.)"""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = _NativeBatchNorm2d
 
 
 def _make_matmul(workload: Workload) -> Callable[[], object]:

@@ -67,8 +67,9 @@ It misleads most about regularizers, so two of these are tried on top of all tha
 {{confirm}}
 
 The rule for the choice, from before any result of this stage was known: the proposal with the largest difference to the
-base in the mean of plain and flip TTA accuracy, if that exceeds its standard error; else the base. A regularizer comes
-in if it beats all that helped by more than the standard error of their difference.
+base in the mean of plain and flip TTA accuracy, if that exceeds its standard error; else the base. If this is all that
+helped, a regularizer comes in that beats it by more than the standard error of their difference. A variant of which a
+run failed is out.
 
 {{choice}}
 
@@ -165,12 +166,17 @@ def _place(record: dict) -> int:
 def chosen(records: Sequence[dict]) -> str:
     """The variant that the confirmation chooses, by the rule that the page states."""
 
+    failed = {record["variant"] for record in _runs(records, "confirm") if record["status"] == "failed"}
+
     def best(reference: str, regularized: bool) -> str:
         found = differences(records, "confirm", "score", reference)
         clear = [
             one
             for one in found.values()
-            if is_regularized(one.name) == regularized and one.error is not None and one.value > one.error
+            if is_regularized(one.name) == regularized
+            and one.name not in failed
+            and one.error is not None
+            and one.value > one.error
         ]
         return max(clear, key=lambda one: one.value).name if clear else reference
 
@@ -309,7 +315,8 @@ def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
         sections["ablations"] += "\n\n" + _picture(ABLATIONS_NAME)
     choice = ""
     if differences(records, "confirm", "test_accuracy"):
-        choice = f"It chooses: **{chosen(records)}**."
+        planned = STAGES["confirm"].seeds * len(confirm(_screen_answers(records).get("score", [])))
+        choice = f"From {len(_runs(records, 'confirm'))} of {planned} planned runs, it chooses: **{chosen(records)}**."
     return PAGE.format(count=count, frozen=frozen, screen=_screen_section(records), choice=choice, **sections)
 
 

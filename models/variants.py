@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.custom_resnet import CustomLayer, CustomResNet
 
@@ -53,7 +54,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if not self.training or len(x) <= self.group:
             return super().forward(x)
         groups = math.ceil(len(x) / self.group)  # their sizes differ by at most one image
-        normalize = self._group_by_group if x.device.type == "cpu" else self._all_at_once
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler takes no `out=` views
+        normalize = self._group_by_group if on_cpu else self._all_at_once
         out, means, variances = normalize(x, groups)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
@@ -73,10 +75,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         """For a GPU: the same in a few kernel launches."""
         size, larger = divmod(len(x), groups)
         split = larger * (size + 1)
-        parts = [(x[:split], larger), (x[split:], groups - larger)]
-        results = [
-            _NormalizeAsChannels.apply(part, self.weight, self.bias, count, self.eps) for part, count in parts if count
-        ]
+        # No slice of the whole: its gradient would be a copy into zeros, and no longer channels_last.
+        parts = [(x, groups)] if not larger else zip(x.split([split, len(x) - split]), (larger, groups - larger))
+        results = [_NormalizeAsChannels.apply(part, self.weight, self.bias, count, self.eps) for part, count in parts]
         if len(results) == 1:
             return results[0]
         return tuple(torch.cat(each) for each in zip(*results))
@@ -98,7 +99,7 @@ class _NormalizeGroups(torch.autograd.Function):
                 mean[group],
                 variance[group],
                 training=True,
-                momentum=1.0,  # as above
+                momentum=1.0,  # so that `mean` and `variance` become this batch's
                 eps=eps,
                 out=outputs[group],
                 save_mean=saved_mean[group],
@@ -110,6 +111,7 @@ class _NormalizeGroups(torch.autograd.Function):
         return out, mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient, *_):
         x, weight, saved_mean, saved_invstd = ctx.saved_tensors
         groups = len(saved_mean)
@@ -151,7 +153,7 @@ class _NormalizeAsChannels(torch.autograd.Function):
             mean,
             variance,
             training=True,
-            momentum=1.0,  # so that `mean` and `variance` become this batch's
+            momentum=1.0,  # as above
             eps=eps,
         )
         ctx.save_for_backward(channels, weights, saved_mean, saved_invstd)
@@ -161,6 +163,7 @@ class _NormalizeAsChannels(torch.autograd.Function):
         return _from_channels(out, groups), mean, variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient, *_):
         channels, weights, saved_mean, saved_invstd = ctx.saved_tensors
         to_channels, to_weights, to_biases = torch.ops.aten.native_batch_norm_backward(

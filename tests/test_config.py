@@ -74,6 +74,10 @@ def test_a_config_is_frozen_and_plain_json():
         (dict(ema_decay=1.0), "ema_decay is 1.0"),
         (dict(ema_also=(0.5, 1.0)), "ema_also is"),
         (dict(compile="fast"), "compile is 'fast': it should be 'off', 'default', 'reduce-overhead'"),
+        (
+            dict(ghost_batch=1),
+            "ghost_batch is 1: the statistics of a group need at least 2 images; the usual groups are 32",
+        ),
         (dict(lr_rule="guess"), "lr_rule is 'guess': it should be 'steepest-minimum', "),
         (dict(epochs=None), "epochs is None: it should be a valid integer"),
         (dict(epochs=5), "epochs is 5: the LR peaks at epoch 5 .* train for at least 6 epochs or lower peak_epoch"),

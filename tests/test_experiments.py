@@ -165,6 +165,8 @@ def test_confirmed_is_what_exceeds_its_error():
         ({"all that helped": (0.4, 0.5), "all that helped, decay x 2": (0.2, 0.8)}, "all that helped"),
         ({"all that helped": (-0.4, -0.5), "all that helped, decay x 2": (0.6, 0.7)}, "base"),
         ({"all that helped": (0.4, None)}, "base"),  # one pair says nothing about the noise
+        ({"all that helped": (0.4, 0.5, "failed")}, "base"),
+        ({"all that helped": (0.4, 0.5), "all that helped, decay x 2": (0.6, 0.8, "failed")}, "all that helped"),
     ],
 )
 def test_the_confirmation_chooses_what_is_clearly_better(gains, expected):
@@ -174,10 +176,12 @@ def test_the_confirmation_chooses_what_is_clearly_better(gains, expected):
             "stage": "confirm",
             "variant": name,
             "seed": seed,
-            "status": "done",
-            "test_accuracy": 94.0 + gain,
-            "test_accuracy_tta": 94.4 + gain,
             "config": {"width": 64},
+            **(
+                {"status": "failed"}
+                if gain == "failed"
+                else {"status": "done", "test_accuracy": 94.0 + gain, "test_accuracy_tta": 94.4 + gain}
+            ),
         }
         for name, pair in accuracies.items()
         for seed, gain in enumerate(pair)

@@ -1,6 +1,7 @@
 """Variants of the network: what each changes, and what it must not change."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def test_groups_are_normalized_separately_and_share_running_statistics(
     of_weights = torch.autograd.grad(expected, [norm.weight for norm in alone], outer, retain_graph=True)
     of_biases = torch.autograd.grad(expected, [norm.bias for norm in alone], outer)
     torch.testing.assert_close(ours, (*of_x, sum(of_weights), sum(of_biases)))
+    assert ours[0].is_contiguous(memory_format=torch.channels_last) or memory_format is torch.contiguous_format
 
     # One update: the mean of the statistics that each group alone would give.
     torch.testing.assert_close(ghost.running_mean, torch.stack([norm.running_mean for norm in alone]).mean(0))
@@ -94,6 +96,32 @@ def test_groups_are_normalized_separately_and_share_running_statistics(
     assert ghost.num_batches_tracked == 1
     in_eval_mode = nn.functional.batch_norm(x, ghost.running_mean, ghost.running_var, ghost.weight, ghost.bias)
     torch.testing.assert_close(ghost.eval()(x), in_eval_mode)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_compiled_network_has_the_same_ghost_batches():
+    class Network(nn.Module):  # of its own: torch.compile may skip what is all torch's own
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+
+        def forward(self, x):
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    eager = Network()
+    ghost_batch_norm(eager, 4)
+    compiled = copy.deepcopy(eager)
+    torch.compiler.reset()
+    compiled.compile(dynamic=False)
+    images, outer = torch.randn(12, 3, 8, 8), torch.randn(12, 16 * 36)
+    for network in (eager, compiled):
+        network(images).backward(outer)
+    torch.compiler.reset()
+    for (name, ours), theirs in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+    for (name, ours), theirs in zip(compiled.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 def test_ghost_batch_norm_reaches_the_whole_model_and_learns(model):

@@ -117,6 +117,11 @@ class Config:
                 f"batch_size is {self.batch_size}: it is larger than the train set of {self.train_images} images; "
                 f"lower it to {self.train_images} or less"
             )
+        if self.ghost_batch == 1:
+            raise ConfigError(
+                "ghost_batch is 1: the statistics of a group need at least 2 images; the usual groups are 32 to 64, and 0 "
+                "normalizes over the whole batch"
+            )
         if self.epochs <= self.peak_epoch:
             raise ConfigError(
                 f"epochs is {self.epochs}: the LR peaks at epoch {self.peak_epoch} and needs a later one to come down; "

@@ -359,10 +359,9 @@ def test_a_compiled_network_trains_to_the_same_weights(toy, inductor):
         torch.testing.assert_close(compiled.model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_the_error_without_a_compiler_names_the_fix(toy, inductor, monkeypatch):
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
+def test_the_error_without_a_compiler_names_the_fix(toy, inductor):
     with (
+        inductor.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}),
         pytest.raises(CompileError, match=r"torch\.compile failed \(.*C\+\+ compiler.*\): use --compile off"),
         explain_failures(1),
     ):

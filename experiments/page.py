@@ -150,22 +150,22 @@ def differences(records: Sequence[dict], stage: str, measure: str, reference: st
     """By variant of ``stage``: its paired difference to ``reference``, by default the base or the recipe."""
     reference = reference or _reference(stage)
     by_variant: dict[str, dict[int, float]] = {}
-    for record in sorted(_done(records, stage), key=_place):
+    for record in _in_order(_done(records, stage)):
         by_variant.setdefault(record["variant"], {})[record["seed"]] = _value(record, measure)
     compared = by_variant.pop(reference, {})
     found = {name: paired(name, values, compared) for name, values in by_variant.items()}
     return {name: effect for name, effect in found.items() if effect is not None}
 
 
-def _place(record: dict) -> int:
-    """Where a record's variant stands in its plan; those of no plan come last."""
+def _in_order(records: Sequence[dict]) -> list[dict]:
+    """Sorted as their variants stand in the plans; those of no plan come last."""
     planned = [RECIPE.name, BASE.name, ALL_THAT_HELPED, *(variant.name for variant in ablations())]
-    return planned.index(record["variant"]) if record["variant"] in planned else len(planned)
+    place = {name: number for number, name in enumerate(planned)}
+    return sorted(records, key=lambda record: place.get(record["variant"], len(place)))
 
 
 def chosen(records: Sequence[dict]) -> str:
     """The variant that the confirmation chooses, by the rule that the page states."""
-
     failed = {record["variant"] for record in _runs(records, "confirm") if record["status"] == "failed"}
 
     def best(reference: str, regularized: bool) -> str:
@@ -379,8 +379,8 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
         return "No run of it is finished yet."
     plain, tta = (differences(records, stage, name) for name in ("test_accuracy", "test_accuracy_tta"))
     planned = {variant.name: variant.shows for variant in [RECIPE, *ablations()]}
-    shows = {record["variant"]: record["shows"] for record in sorted(runs, key=_place)}
-    shows |= {name: planned[name] for name in shows if name in planned}  # in today's words
+    # In today's words, where there are any.
+    shows = {record["variant"]: planned.get(record["variant"], record["shows"]) for record in _in_order(runs)}
     rows = []
     for name in shows:
         finished = [record for record in done if record["variant"] == name]

@@ -54,8 +54,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if not self.training or len(x) <= self.group:
             return super().forward(x)
         groups = math.ceil(len(x) / self.group)  # their sizes differ by at most one image
-        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler takes no `out=` views
-        normalize = self._group_by_group if on_cpu else self._all_at_once
+        in_place = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler takes no `out=` views
+        normalize = self._group_by_group if in_place else self._all_at_once
         out, means, variances = normalize(x, groups)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)

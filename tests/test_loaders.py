@@ -1,6 +1,10 @@
 """Both loaders: interchangeable, every image once per epoch, and randomness that repeats exactly for a seed."""
 
 import hashlib
+import multiprocessing
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -183,6 +187,19 @@ def test_an_abandoned_pass_does_not_change_the_next(noise):
     next(iter(loader))
     epoch_of(whole)
     assert torch.equal(epoch_of(loader)[0], epoch_of(whole)[0])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the process is killed by POSIX means")
+def test_a_loader_process_that_dies_is_noticed_where_its_batch_is_awaited(noise):
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(make_loader("albumentations", *noise, 1, num_workers=1))
+    next(batches)
+    loader = next(child for child in multiprocessing.active_children() if child.daemon)
+    loader.kill()
+    time.sleep(0.5)  # whatever the program does meanwhile goes on undisturbed
+    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
+        list(batches)
+    assert signal.getsignal(signal.SIGCHLD) == before
 
 
 # SHA-256 of the first two batches of two epochs, recorded when the published run was trained: a seed must keep its

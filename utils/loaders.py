@@ -7,6 +7,7 @@ device. Both have ``len`` and ``epoch``, the number of the next pass.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -167,6 +168,23 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@contextlib.contextmanager
+def _signal_handlers_kept():
+    """Undo what starting loader processes does to SIGCHLD: torch sets a handler that raises when one of them dies.
+
+    It would raise wherever this process is: in a destructor, or while another error is being explained. Without it
+    torch still notices, within 5 seconds, where a batch of that process is awaited.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+
+
 class AlbumentationsLoader(DataLoader):
     """The reference loader: a torch ``DataLoader`` over Albumentations.
 
@@ -220,7 +238,9 @@ class AlbumentationsLoader(DataLoader):
         self.generator.manual_seed(seed)  # for the order, and for the seeds of the loader processes
         if self.num_workers == 0:
             self.dataset.transform.set_random_seed(seed % 2**32)
-        for images, labels in super().__iter__():
+        with _signal_handlers_kept():
+            batches = super().__iter__()
+        for images, labels in batches:
             images = images[self.rows].to(self.device, non_blocking=True)
             yield (
                 images.to(self.dtype, memory_format=torch.channels_last),

@@ -40,7 +40,6 @@ def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] =
             complain(f"{program}: {error}")
             return EXIT_USAGE
         except (KeyboardInterrupt, Session10Error, OSError) as error:
-            forget_loaders()
             _ended_by.append(error)
             # After a signal any failure counts as the interrupt, such as that of a loader process that got it too.
             is_interrupt = asked or isinstance(error, KeyboardInterrupt)
@@ -111,7 +110,6 @@ def interrupts_from_outside() -> Iterator[list[int]]:
     def interrupt(number, frame):
         if os.getpid() != first:  # a loader process that has not set its own handlers yet
             os._exit(EXIT_SIGNAL + number)
-        forget_loaders()
         asked.append(number)
         raise KeyboardInterrupt
 
@@ -137,9 +135,3 @@ def interrupts_from_outside() -> Iterator[list[int]]:
         sys.unraisablehook = print_unraisable
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def forget_loaders() -> None:
-    """Stop torch from raising an error, wherever this process is, when a loader process dies from now on."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -115,7 +115,7 @@ def explain_failures(batch_size: int):
         lost_connection = isinstance(error, (ConnectionError, EOFError)) and not isinstance(error, BrokenPipeError)
         if says(_DEAD_WORKER) or lost_connection:
             raise LoaderError(
-                f"a loader process died ({reason}), often for lack of memory: resume, and if it dies again use a "
+                f"a loader process died ({reason}), often for lack of memory or shared memory: resume, and if it dies again use a "
                 "smaller --num-workers, or --pipeline batched, which needs none"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -180,6 +180,7 @@ def execute(notebook, environment: dict[str, str]) -> None:
         on_cell_start=announce,
         on_cell_executed=echo,
         store_widget_state=False,
+        coalesce_streams=True,  # what a cell prints arrives in pieces
     )
     if os.name == "posix":  # sockets that only this user can reach; the kernel would warn about TCP ports
         client.create_kernel_manager()

@@ -83,6 +83,12 @@ def test_an_unfinished_run_is_continued_and_after_a_finished_one_a_new_one_begin
     assert f"in {runs / 'notebook-quick-2'};" in capsys.readouterr().out
 
 
+def test_what_a_cell_prints_is_stored_in_one_piece(notebook):
+    path = notebook("import time\nprint('begun', flush=True)\ntime.sleep(0.5)\nprint('done')")
+    assert run_notebook.main([str(path), "--in-place"]) == 0
+    assert [output.text for output in nbformat.read(path, as_version=4).cells[3].outputs] == ["begun\ndone\n"]
+
+
 def test_only_an_unfinished_run_of_the_same_settings_is_continued(runs, monkeypatch):
     settings = run_notebook.settings_from_environment()
     first, second, third = (runs / f"notebook-quick{ending}" for ending in ("", "-2", "-3"))

@@ -45,8 +45,8 @@ PAGE = f"""# The search for better settings
 
 Generated from [runs.json]({RECORDS_NAME}) by `python -m experiments table`; only the part on what was frozen is
 written by hand. [Every run]({RUNS_NAME}) is listed, {{count}} so far, including those that failed. Accuracies are in
-percent, after the last epoch, of the averaged weights; ± is a standard deviation over seeds after a mean, and a
-standard error after a difference or an effect.
+percent, after the last epoch, of the averaged weights (without EMA: of the last ones); ± is a standard deviation over
+seeds after a mean, and a standard error after a difference or an effect.
 
 ## The screen
 
@@ -397,12 +397,27 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
         )
     header = ("Variant", "Seeds", "Accuracy", "Flip TTA", "Loss", "Difference", "with TTA", "Shows")
     devices = " and ".join(sorted({record["device"] for record in done}))
-    about = [f"{_about(done)}, on {devices}.", "Differences are paired by seed."]
+    about = [f"{_about(done)}, on {devices}."]
+    if plain:
+        about.append("Differences are paired by seed.")
+    if mixed := _mixed_pairs(done, stage):
+        about.append(f"The two runs of {mixed} pairs were made on different machines.")
     if any(effect.error is None for effect in plain.values()):
-        about.append("One from a single pair has no standard error: equal runs, too, differ by some tenths of a point.")
+        about.append(
+            "One from a single pair has no standard error: equal runs, too, differ by a few tenths of a point."
+        )
     if stage == "ablations" and (missing := [name for name in planned if name not in shows]):
         about.append(f"Still to be made: {', '.join(missing)}.")
     return f"{' '.join(about)}\n\n{markdown_table(header, rows)}"
+
+
+def _mixed_pairs(records: Sequence[dict], stage: str) -> str:
+    """``"3 of 40"`` pairs compare runs of different devices; empty if none does."""
+    device = {(record["variant"], record["seed"]): record["device"] for record in records}
+    own = _reference(stage)
+    pairs = [(one, device[own, seed]) for (name, seed), one in device.items() if name != own and (own, seed) in device]
+    mixed = sum(one != other for one, other in pairs)
+    return f"{mixed} of {len(pairs)}" if mixed else ""
 
 
 def _about(records: Sequence[dict]) -> str:

@@ -438,6 +438,20 @@ def test_the_readme_shows_what_is_finished(execute, trained, tmp_path):
     assert "screen.png" not in text
 
 
+def test_pairs_made_on_different_machines_are_counted():
+    def made_on(device, variant, seed):
+        about = {"stage": "ablations", "status": "done", "config": {"width": 64}, "split": "test", "shows": ""}
+        return {**about, "variant": variant, "seed": seed, "device": device, **measured}
+
+    measured = {"train_images": 9, "test_images": 9, "test_accuracy": 90, "test_accuracy_tta": 90, "test_loss": 1}
+    records = [made_on("GPU", "recipe", 100), made_on("CPU", "recipe", 101)]
+    records += [made_on("GPU", name, seed) for name in ("no flip", "no EMA") for seed in (100, 101)]
+    assert "The two runs of 2 of 4 pairs were made on different machines." in page.variants_section(
+        records, "ablations"
+    )
+    assert "different machines" not in page.variants_section(records[::2], "ablations")
+
+
 def test_the_published_page_and_readme_are_what_the_records_say():
     published = page.published()
     current = page.comparable(published)

@@ -217,10 +217,11 @@ def test_the_explorer_shows_a_still_picture_where_there_are_no_widgets(monkeypat
 def test_the_diagram_is_read_off_the_model(model):
     stages = lesson.diagram_stages(model.train())
     assert [name for name, *_ in stages] == ["input", "prep", "layer1", "layer2", "layer3", "pool", "fc"]
-    assert [shape for _, _, shape, _ in stages] == [
+    assert [shape for *_, shape, _ in stages] == [
         "3×32×32", "64×32×32", "128×16×16", "256×8×8", "512×4×4", "512×1×1", "10",
     ]  # fmt: skip
     assert [name for name, *_, residual in stages if residual] == ["layer1", "layer3"]
+    assert [name for name, _, block, *_ in stages if block] == ["layer1", "layer3"]
     assert model.training
     assert model.prep.conv.norm.num_batches_tracked == 0
     remove_skips(model)

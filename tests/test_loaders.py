@@ -197,7 +197,7 @@ def test_a_loader_process_that_dies_is_noticed_where_its_batch_is_awaited(noise)
     loader = next(child for child in multiprocessing.active_children() if child.daemon)
     loader.kill()
     time.sleep(0.5)  # whatever the program does meanwhile goes on undisturbed
-    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         list(batches)
     assert signal.getsignal(signal.SIGCHLD) == before
 

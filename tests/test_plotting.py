@@ -20,6 +20,10 @@ LRS = np.logspace(-6, 0, 100)
 SUGGESTIONS = {"onset": 2e-5, "steepest": 3.5e-4, "valley": 1e-4, "minimum/10": 3.4e-4, "minimum": 3.4e-3}
 
 
+PLAIN_STAGE = ("layer2", "conv 3×3\nmax-pool\nBN · ReLU", "", "256×8×8", False)
+RESIDUAL_STAGE = ("layer1", "conv 3×3\nmax-pool\nBN · ReLU", "2 ×\nconv 3×3\nBN · ReLU", "128×16×16", True)
+
+
 def words_of(figure: Figure) -> list[Text]:
     """Every visible text, laid out."""
     figure.draw_without_rendering()
@@ -108,7 +112,7 @@ FIGURES = {
         PICTURES[:10], np.stack([PICTURES[:10]] * 2), LONG, "Train images"
     ),
     "scaling": costs,
-    "diagram": lambda: plotting.block_diagram([("layer1", "conv 3×3\nmax-pool", "128×16×16", True)] * 7),
+    "diagram": lambda: plotting.block_diagram([PLAIN_STAGE, RESIDUAL_STAGE] * 2 + [PLAIN_STAGE] * 3),
 }
 
 
@@ -269,11 +273,11 @@ def test_scaling_is_on_log_axes_against_what_varies():
     assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["images", "batch size"]
 
 
-def test_block_diagram_draws_an_arc_for_each_residual_block():
-    stages = [("input", "image", "3×32×32", False), ("layer1", "conv", "128×16×16", True)]
+def test_block_diagram_draws_every_block_and_the_sum_where_there_is_a_skip():
+    stages = [PLAIN_STAGE, RESIDUAL_STAGE, (*RESIDUAL_STAGE[:-1], False)]
     words = texts(plotting.block_diagram(stages))
     assert words.count("x + R(x)") == 1
-    assert "128×16×16" in words
+    assert words.count(RESIDUAL_STAGE[2]) == 2
 
 
 def test_a_saved_figure_is_a_png_wide_enough_for_a_readme(tmp_path):

@@ -391,27 +391,28 @@ def cycle_explorer(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, s
 
 
 @torch.no_grad()
-def diagram_stages(model: CustomResNet) -> list[tuple[str, str, str, bool]]:
+def diagram_stages(model: CustomResNet) -> list[tuple[str, str, str, str, bool]]:
     """What ``plotting.block_diagram`` draws, read off a copy of the model.
 
     Returns:
-        (name, what is inside, output shape, has a residual block) for the input and every stage.
+        (name, what is inside, the block after that or "", output shape, has a skip around the block) for the input and
+        every stage.
     """
     x = torch.zeros(1, 3, 32, 32)
-    stages = [("input", "normalized\nimage", "3×32×32", False)]
+    stages = [("input", "image", "", "3×32×32", False)]
     for name, module in copy.deepcopy(model).cpu().eval().named_children():
         x = module(x)
-        residual = False
+        block, residual = "", False
         if isinstance(module, CustomLayer):
-            residual = module.block is not None and not isinstance(module, LayerWithoutSkip)
             inside = "conv 3×3\n" + ("max-pool\n" if module.conv.pool is not None else "") + "BN · ReLU"
             if module.block is not None:
-                inside += f"\n{'+ ' if residual else ''}{len(module.block)} × conv"
+                residual = not isinstance(module, LayerWithoutSkip)
+                block = f"{len(module.block)} ×\nconv 3×3\nBN · ReLU"
         elif name == "flatten":
             continue
         else:
             inside = {"pool": "max-pool\n4×4", "fc": "linear\nlogits"}[name]
-        stages.append((name, inside, "×".join(map(str, x.shape[1:])), residual))
+        stages.append((name, inside, block, "×".join(map(str, x.shape[1:])), residual))
     return stages
 
 

@@ -267,7 +267,8 @@ def lr_range_test(
     rules.set(xlabel="learning rate (log scale)", ylim=(rows - 0.4, -0.6))  # the first rule on top
     _log_axis(rules.xaxis, ".0e", subs=(1,))
     axis.set(title="LR range test: the cycle runs over the shaded range", ylabel="training loss")
-    axis.legend(loc="lower left")
+    middle = (np.sqrt(lr_min * lr_max), 0.92)  # between the two dashed lines, below their names, above the curve
+    axis.legend(loc="upper center", bbox_to_anchor=middle, bbox_transform=axis.get_xaxis_transform())
     return figure
 
 
@@ -536,32 +537,45 @@ def gradient_norms(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
 
 
 @styled
-def block_diagram(stages: Sequence[tuple[str, str, str, bool]]) -> Figure:
+def block_diagram(stages: Sequence[tuple[str, str, str, str, bool]]) -> Figure:
     """The network as a row of boxes, skip connections as arcs.
 
     Args:
-        stages: (name, what is inside, output shape, has a residual block), input first.
+        stages: (name, what is inside, the block after that or "", output shape, has a skip around the block), input
+            first.
     """
     figure, axis = new_figure(2.9)
-    axis.set_axis_off()
-    axis.set(xlim=(-0.55, len(stages) - 0.45), ylim=(-1.25, 1.35))
-    half_width, half_height = 0.41, 0.62
+    gap, middle, half_height = 0.2, -0.1, 0.62
     corner = "round,pad=0,rounding_size=0.06"
-    arrow = {"arrowstyle": "->", "color": "#333333", "lw": 1.2}
-    arc = {"arrowstyle": "->", "color": BLUE, "lw": 1.6, "connectionstyle": "arc3,rad=-0.55"}
+    arrow = {"arrowstyle": "->", "color": "#333333", "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
     centred = {"ha": "center", "va": "center"}
-    for x, (name, inside, shape, residual) in enumerate(stages):
+    left = 0.0
+    for name, inside, block, shape, residual in stages:
         color, face = (BLUE, "#E6F1F8") if residual else (GREY, "#F2F2F2")
-        origin = (x - half_width, -half_height)
-        box = FancyBboxPatch(origin, 2 * half_width, 2 * half_height, boxstyle=corner, fc=face, ec=color, lw=1.3)
-        axis.add_patch(box)
-        axis.text(x, 0.42, name, fontweight="bold", color=color, **centred)
-        axis.text(x, -0.12, inside, fontsize=8.5, linespacing=1.35, **centred)
-        axis.text(x, -half_height - 0.2, shape, fontsize=9, color="#333333", **centred)
-        if x:
-            axis.annotate("", (x - half_width, 0), (x - 1 + half_width, 0), arrowprops=arrow)
-        if residual:
-            axis.annotate("", (x + 0.3, half_height), (x - 0.3, half_height), arrowprops=arc)
-            axis.text(x, half_height + 0.42, "x + R(x)", color=BLUE, fontsize=9, **centred)
-    axis.text(-0.55, -1.15, "below each box: channels × height × width of its output", fontsize=8.5, color="#555555")
+        right = left + (2.12 if block else 0.8)
+        box = (left, -half_height), right - left, 2 * half_height
+        axis.add_patch(FancyBboxPatch(*box, boxstyle=corner, fc=face, ec=color, lw=1.3))
+        axis.text((left + right) / 2, half_height + 0.16, name, fontweight="bold", color=color, **centred)
+        axis.text(left + 0.4, middle, inside, fontsize=8.5, linespacing=1.35, **centred)
+        axis.text((left + right) / 2, -half_height - 0.2, shape, fontsize=9, color="#333333", **centred)
+        if left:
+            axis.annotate("", (left, middle), (left - gap, middle), arrowprops=arrow)
+        if block:
+            inner = left + 0.99, left + 1.75
+            box = (inner[0], middle - 0.32), inner[1] - inner[0], 0.64
+            axis.add_patch(FancyBboxPatch(*box, boxstyle=corner, fc="white", ec=color, lw=1))
+            axis.text(sum(inner) / 2, middle, block, fontsize=8.5, linespacing=1.35, **centred)
+            sum_at = right - 0.15
+            axis.annotate("", (inner[0], middle), (inner[0] - 0.2, middle), arrowprops=arrow)
+            axis.annotate("", (sum_at - 0.08 if residual else right, middle), (inner[1], middle), arrowprops=arrow)
+            if residual:
+                axis.text(sum_at, middle, "+", color=BLUE, fontsize=15, fontweight="bold", **centred)
+                fork, top = inner[0] - 0.12, middle + 0.46
+                axis.plot([fork, fork, sum_at], [middle, top, top], color=BLUE, lw=1.6)
+                axis.annotate("", (sum_at, middle + 0.1), (sum_at, top), arrowprops={**arrow, "color": BLUE, "lw": 1.6})
+                axis.text(sum(inner) / 2, top + 0.12, "x + R(x)", color=BLUE, fontsize=9, **centred)
+        left = right + gap
+    axis.text(0, -1.15, "below each box: channels × height × width of its output", fontsize=8.5, color="#555555")
+    axis.set_axis_off()
+    axis.set(xlim=(-0.03, left - gap + 0.03), ylim=(-1.25, 1))
     return figure

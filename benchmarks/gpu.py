@@ -39,7 +39,7 @@ from utils.dataset import load_dataset
 from utils.loaders import make_loaders
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.door import run_door
-from utils.runtime import pick_device, pick_precision, say, seed_everything, write_atomically, write_json
+from utils.runtime import ConfigError, pick_device, pick_precision, say, seed_everything, write_atomically, write_json
 
 LRS = (1e-3, 1e-2)  # no range test: the LRs do not change the speed
 FILE_NAME = "gpu.json"
@@ -159,7 +159,11 @@ def make_rows(args: argparse.Namespace, device: torch.device) -> list[tuple[str,
 
 
 def measure_all(args: argparse.Namespace) -> dict:
-    """Measure the rows that the file does not hold yet; returns its content."""
+    """Measure the rows that the file does not hold yet; returns its content.
+
+    Raises:
+        ConfigError: the file's rows were measured under other circumstances.
+    """
     began = time.monotonic()
     device = pick_device(args.device)
     fill_in(args, device)
@@ -169,8 +173,12 @@ def measure_all(args: argparse.Namespace) -> dict:
     result = {"machine": machine, "how": "each row in a process of its own", "rows": []}
     if path.exists():
         stored = json.loads(path.read_text("utf-8"))
-        if stored["machine"] == machine:
-            result = stored
+        if stored["machine"] != machine:
+            raise ConfigError(
+                f"{path} holds rows of another machine, of other versions or of another commit: move it away, or choose "
+                "another folder with --out"
+            )
+        result = stored
     known = {(row["part"], row["name"]) for row in result["rows"]}
     rows = make_rows(args, device)
     progress = Progress(len(rows))

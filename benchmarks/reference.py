@@ -22,10 +22,22 @@ from utils.loaders import AlbumentationsDataset
 from utils.transforms import train_transform
 
 
-def make_loader(dataset: ImageDataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
-    """torch's own loader of augmented (B, 3, 32, 32) float32 images, in NCHW on the CPU, and (B,) int64 labels."""
+def make_loader(
+    dataset: ImageDataset, batch_size: int, num_workers: int, device: torch.device, keep_workers: bool = False
+) -> DataLoader:
+    """torch's own loader of augmented (B, 3, 32, 32) float32 images, in NCHW on the CPU, and (B,) int64 labels.
+
+    ``keep_workers``: start the loader processes once instead of in every pass.
+    """
     augmented = AlbumentationsDataset(dataset.train_images, dataset.train_labels, train_transform())
-    return DataLoader(augmented, batch_size, shuffle=True, num_workers=num_workers, pin_memory=device.type == "cuda")
+    return DataLoader(
+        augmented,
+        batch_size,
+        shuffle=True,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=keep_workers and num_workers > 0,
+    )
 
 
 def make_model(padding: str, width: int) -> CustomResNet:

@@ -155,7 +155,8 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
     if device.type == "cuda" and precision != "fp16":
         others.append(dict(name="ours, fp16", precision="fp16"))
 
-    train = partial(make, images=args.images, batch_size=args.batch_size)
+    train = partial(make, "training", images=args.images, batch_size=args.batch_size)
+    step = partial(make, "step", images=args.images // args.batch_size * args.batch_size, batch_size=args.batch_size)
     test_images = 20 if args.quick else 1000 if on_cpu else 10_000
     test = partial(make, "evaluation", images=test_images, batch_size=min(Config().eval_batch_size, test_images))
     loaded_images = max(args.batch_size, 100 if args.quick else 10_000 if on_cpu else EPOCH_IMAGES)
@@ -164,9 +165,9 @@ def make_parts(args: argparse.Namespace, device: torch.device, precision: str) -
     multiply = partial(make, "matmul", images=1 if on_cpu else 50, batch_size=side)
     precisions = dict.fromkeys(row.get("precision", "fp32") for row in [*ours, *others])
     return {
-        "training": [train("training", **row) for row in [*usual, *ours]],
+        "training": [train(**row) for row in [*usual, *ours]],
         "step": [
-            *(train("step", **row) for row in [*usual, *ours, *others]),
+            *(step(**row) for row in [*usual, *ours, *others]),
             *(multiply(f"matrix products, {name}", precision=name) for name in precisions),
         ],
         "evaluation": [test(**row) for row in [*ours, dict(default, name=f"{default['name']}, flip TTA", tta=True)]],

@@ -93,7 +93,10 @@ def make_pass(workload: Workload) -> Callable[[], object]:
     tested = workload.images if workload.part == "evaluation" else 1  # no second copy where it is not used
     dataset = random_images(workload.images, tested)
     if workload.reference:
-        train_loader = reference.make_loader(dataset, workload.batch_size, workload.num_workers, device)
+        # A pass may be a single batch, with which starting processes must not be counted: an epoch starts them once. In
+        # "augmentation" they end with each pass, since only then does the system tell how much CPU time they took.
+        keep = workload.part == "training"
+        train_loader = reference.make_loader(dataset, workload.batch_size, workload.num_workers, device, keep)
     else:
         train_loader, test_loader = make_loaders(dataset, config, device, precision.dtype)
     if workload.part == "augmentation":

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import gpu, speed, workloads
+from benchmarks import gpu, reference, speed, workloads
 from utils.runtime import PROJECT_ROOT, ConfigError, pick_precision
 
 CPU = torch.device("cpu")
@@ -97,6 +97,51 @@ def test_packed_and_unpacked_are_measured_in_the_same_run():
     assert [row.packed for row in planned("step") if row.name.startswith("ours, bf16")] == [False, True]
 
 
+def test_a_row_measures_what_its_name_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(workloads, "pack_small_maps", lambda model: seen.append("packed"))
+    monkeypatch.setattr(workloads, "evaluate", lambda *args, precision, tta: seen.append(f"tta {tta}"))
+    monkeypatch.setattr(reference, "make_model", lambda padding, width: seen.append(padding) or torch.nn.Linear(1, 1))
+
+    def start(model, config, *lrs, precision):
+        seen.append(f"{precision.name}, compile {config.compile}")
+        return types.SimpleNamespace(tested_model=model)
+
+    monkeypatch.setattr(workloads, "start", lambda *args: start(*args[:-1], precision=args[-1]))
+
+    def found(row):
+        seen.clear()
+        run_pass = workloads.make_pass(row)
+        if row.part == "evaluation":
+            run_pass()
+        return seen.copy()
+
+    rows = [*planned("step", *QUICK, "--compile", "default"), *planned("evaluation", *QUICK)]
+    assert [found(row) for row in rows if row.part != "matmul"] == [
+        ["replicate"],
+        ["zeros"],
+        ["fp32, compile off"],
+        ["bf16, compile off"],
+        ["packed", "bf16, compile off"],
+        ["packed", "bf16, compile default"],
+        ["fp32, compile off", "tta False"],
+        ["bf16, compile off", "tta False"],
+        ["packed", "bf16, compile off", "tta False"],
+        ["packed", "bf16, compile off", "tta True"],
+    ]
+
+
+def test_passes_are_fair_to_the_usual_way(monkeypatch):
+    """Its processes start once in a row, since a pass may be a single batch; and every step's images are counted."""
+    args = ("--batch-size", "8", "--images", "20", *QUICK)
+    assert [row.images for row in planned("step", *args)[:5]] == [16] * 5
+    keeps = []
+    monkeypatch.setattr(reference, "make_loader", lambda *args: keeps.append(args[-1]))
+    for part in ("training", "augmentation"):
+        workloads.make_pass(planned(part, *args)[0])
+    assert keeps == [True, False]
+
+
 def test_a_row_that_fails_says_why_and_the_others_go_on():
     good = planned("evaluation", *QUICK, precision="fp32")[0]
     bad = dataclasses.replace(good, name="bad", precision="fp8")
@@ -154,6 +199,11 @@ def test_everything_for_a_gpu_is_one_command_that_goes_on_where_it_stopped(image
     assert [row for row in first["rows"] if "error" in row] == []
     assert first["ratio"] == first["rows"][1]["seconds"] / first["rows"][0]["seconds"]
     capsys.readouterr()
+    monkeypatch.setattr(speed, "code_commit", lambda: "another")
+    assert gpu.main(argv) == 2
+    assert "of another commit: move it away" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("CIFAR10_DIR", str(image_folder))
     assert gpu.main(argv) == 0  # nothing is measured twice
     assert capsys.readouterr().out.count("measured before") == len(first["rows"])
     assert json.loads((tmp_path / gpu.FILE_NAME).read_text(encoding="utf-8")) == first

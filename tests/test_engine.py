@@ -301,9 +301,11 @@ def test_the_average_soon_forgets_the_untrained_weights_and_then_keeps_its_decay
         assert each.module.weight.item() == pytest.approx(0.81)
 
 
+@pytest.mark.parametrize("short_run", [0, 200])
 @pytest.mark.parametrize("batch_size", [16, 30])
-def test_a_run_of_few_steps_is_not_tested_on_its_untrained_weights(toy, batch_size):
+def test_a_run_of_few_steps_is_not_tested_on_its_untrained_weights(toy, batch_size, short_run, monkeypatch):
     # 4 steps an epoch, or 2: fewer than ema_every, which would never reach its first update.
+    monkeypatch.setattr(engine, "SHORT_RUN", short_run)
     config = tiny_config(batch_size=batch_size, epochs=8, ema_decay=0.9, ema_every=5)
     history = train(toy, config).history
     assert history.train_accuracy[-1] > 50

@@ -208,7 +208,7 @@ def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_
     optimizer = make_optimizer(model, config, lr_max)
     scheduler = scheduler_for(config, optimizer, lr_min, lr_max, steps_per_epoch)
     decays = (config.ema_decay, *config.ema_also) if config.ema_decay else ()
-    every = config.ema_every
+    every = min(config.ema_every, steps_per_epoch)  # counted within an epoch
     if config.epochs * steps_per_epoch < SHORT_RUN:
         memory = max(1.0, config.epochs * steps_per_epoch / MEMORY_SHARE)  # in steps
         variants.set_norm_momentum(model, max(config.norm_momentum, 1 / memory))

@@ -130,6 +130,28 @@ def test_an_interrupted_cell_run_again_continues_from_the_checkpoint(tmp_path, t
     assert epochs_kept(tmp_path / "run") == EPOCHS
 
 
+def test_a_cell_run_again_after_its_first_save_failed_saves_the_untrained_network(tmp_path, toy, job, monkeypatch):
+    config = tiny_config(train_images=None, test_images=None)
+    with Job(config, toy, tmp_path / "left-alone") as expected:
+        expected.fit()
+
+    def full(*args):
+        raise CheckpointError("the disk is full")
+
+    with Job(config, toy, tmp_path / "full") as again:
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save", full)
+            with pytest.raises(CheckpointError):
+                again.find_range()
+        with monkeypatch.context() as patch:
+            at_step(2, lambda: signal.raise_signal(signal.SIGINT), patch.setattr)
+            with pytest.raises(KeyboardInterrupt):
+                again.fit()
+        assert epochs_kept(tmp_path / "full") == 0
+        again.fit()
+    assert identical(again.state.model.state_dict(), expected.state.model.state_dict())
+
+
 def test_a_run_stopped_while_it_draws_is_not_finished(tmp_path, job, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt

@@ -218,16 +218,17 @@ class Job:
             self._record = self.ranks.share(self._record)
         self.lr_range = LRRange.from_dict(self._record["lr_range"])
         ends = (self.lr_range.lr_min, self.lr_range.lr_max)
-        self.state = engine.start(self.model, self.config, *ends, len(self.train_loader), self.precision)
-        self.state.criterion = self.ranks.weigh(self.state.criterion)
+        state = engine.start(self.model, self.config, *ends, len(self.train_loader), self.precision)
+        state.criterion = self.ranks.weigh(state.criterion)
         if self._checkpoint is None:
-            self._save(self.state)
+            self._save(state)
         else:
-            self._checkpoint.restore(self.folder.checkpoint, self.state)
-            self.resumed_epochs = self.state.history.epochs
+            self._checkpoint.restore(self.folder.checkpoint, state)
+            self.resumed_epochs = state.history.epochs
             self._checkpoint = None
-        self.state.parallel = self.ranks.parallel(self.model, self.device)
+        state.parallel = self.ranks.parallel(self.model, self.device)
         self._saved_at = time.monotonic()
+        self.state = state  # last: `fit` trains no state that was not saved
         return self.lr_range
 
     @_explained

@@ -30,6 +30,7 @@ from utils.runs import figures
 from utils.runs.checkpoint import FORMAT, MAGIC, CheckpointError, decode
 from utils.runs.folder import NEWEST, RunFolder
 from utils.runs.job import Job, is_finished, run_job
+from utils.runs.report import ResultsError
 
 # --- exactness ------------------------------------------------------------------------------------------------------
 
@@ -150,6 +151,21 @@ def test_a_cell_run_again_after_its_first_save_failed_saves_the_untrained_networ
         assert epochs_kept(tmp_path / "full") == 0
         again.fit()
     assert identical(again.state.model.state_dict(), expected.state.model.state_dict())
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_no_results_are_written_of_a_run_that_is_not_finished(tmp_path, job, interrupted, monkeypatch):
+    with job() as unfinished:
+        unfinished.find_range()
+        kept = "the start of the run is kept in .*, but no epoch yet"
+        if interrupted:
+            at_step(STEPS + 7, lambda: signal.raise_signal(signal.SIGINT), monkeypatch.setattr)
+            with pytest.raises(KeyboardInterrupt):
+                unfinished.fit()
+            kept = f"1 of {EPOCHS} epochs are kept in .*"
+        with pytest.raises(ResultsError, match=rf"^the run is not finished: {kept}; call fit\(\) first$"):
+            unfinished.finish()
+    assert not is_finished(tmp_path / "run")
 
 
 def test_a_run_stopped_while_it_draws_is_not_finished(tmp_path, job, monkeypatch):

@@ -384,7 +384,7 @@ def _die_once_a_loader_waits():
     loaders._prepare_worker = late
 
 
-def test_an_interrupt_in_the_first_epoch_says_that_the_range_test_is_kept(tmp_path, run, monkeypatch):
+def test_an_interrupt_in_the_first_epoch_says_that_the_start_is_kept(tmp_path, run, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
     try:
         at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch.setattr)
@@ -392,7 +392,8 @@ def test_an_interrupt_in_the_first_epoch_says_that_the_range_test_is_kept(tmp_pa
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == 130
-    assert "interrupted; the LR range test is kept" in messages[0]
+    kept = f"the start of the run is kept in {tmp_path / 'run'}, but no epoch yet"
+    assert f"interrupted; {kept}: add --resume" in messages[0]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with RunFolder(tmp_path / "run") as folder:  # unlocked again
         assert folder.load().epochs == 0

@@ -274,8 +274,11 @@ class Job:
         A figure that cannot be drawn is only a warning. With several ranks, call this on the first.
 
         Raises:
-            ResultsError: the results cannot be written; every epoch is kept, and only this step need be repeated.
+            ResultsError: training is not complete; or the results cannot be written: then every epoch is kept, and only
+                this step need be repeated.
         """
+        if self.state is None or self.state.history.epochs < self.config.epochs:
+            raise report.ResultsError(f"the run is not finished: {self.kept()}; call fit() first")
         state, dataset, folder = self.state, self.dataset, self.folder.path
         plain, mirrored = report.final_test(state.tested_model, dataset, self.device)
         history = report.closed_history(state.history, plain)
@@ -333,7 +336,7 @@ class Job:
         if epochs:
             return f"{epochs} of {self.config.epochs} epochs are kept in {self.folder.path}"
         if epochs == 0:
-            return f"the LR range test is kept in {self.folder.path}, no epoch was finished yet"
+            return f"the start of the run is kept in {self.folder.path}, but no epoch yet"
         if self.folder.holds_checkpoint:
             return f"the checkpoint in {self.folder.path} is unchanged"
         return "no epoch was finished yet"

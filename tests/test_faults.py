@@ -243,7 +243,7 @@ def _kill_a_loader(folder):
     [
         (_poison, f"epoch 2/{EPOCHS}: the loss is not finite at step 1, where the LR was "),
         (_hunger, "out of memory with batch_size 10: start anew with a smaller one, such as 5"),
-        (_kill_a_loader, "a loader process died"),
+        (_kill_a_loader, "a DataLoader worker died"),
     ],
 )
 def test_a_fault_during_a_run_is_one_message_and_keeps_the_epochs_before(tmp_path, toy, fault, words):

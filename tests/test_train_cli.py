@@ -8,6 +8,7 @@ import torch
 
 import train
 from tests.small_runs import EPOCHS, GIVEN_LRS, arguments, shrink
+from utils import engine
 from utils.runs import report
 from utils.runs.checkpoint import decode
 from utils.runs.folder import NEWEST
@@ -146,6 +147,36 @@ def test_a_run_continued_on_another_machine_says_that_it_is_not_bit_identical(tm
     write_atomically(tmp_path / "run" / NEWEST, found.encode())
     assert train.main(arguments(tmp_path / "run", "--resume")) == 0
     assert "another processor then, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        ("--compile default", "--compile off", "compile default then, off now"),
+        ("--num-workers 1", "--num-workers 0", ""),
+        (
+            "--pipeline albumentations --num-workers 1",
+            "--pipeline albumentations --num-workers 0",
+            "num_workers 1 then, 0 now",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_failed_on_the_machine_resumes_with_other_settings_of_the_machine(
+    tmp_path, capsys, monkeypatch, then, now, words
+):
+    def fail(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", fail)
+        assert train.main(arguments(tmp_path / "run", *then.split())) == 1
+    assert "but no epoch yet: add --resume to the same command" in capsys.readouterr().err
+    assert train.main(arguments(tmp_path / "run", "--resume", *now.split())) == 0
+    out = capsys.readouterr().out
+    assert ("the run began differently" in out) == bool(words)
+    assert words in out
+    assert decode(tmp_path / "run" / NEWEST).epochs == EPOCHS
 
 
 @pytest.mark.slow

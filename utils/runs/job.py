@@ -40,6 +40,8 @@ from utils.transforms import normalize
 
 ALONE = Ranks()
 PATCH_IMAGES = 5000  # train images whose patches become the first filters, if the config asks for that
+# Settings that may change when a run is resumed: how the machine computes, not what.
+OF_THE_MACHINE = ("num_workers", "compile")
 SAVE_SECONDS_ON_GPU = 10.0  # between checkpoints, since an epoch takes less time than one; a CPU saves every epoch
 
 
@@ -170,7 +172,8 @@ class Job:
                 LRRange.from_dict(self._record["lr_range"])  # a malformed one is refused before any work
 
     def _check_same_run(self) -> None:
-        differing = differences(self._record["config"], self.config)
+        here = {name: getattr(self.config, name) for name in OF_THE_MACHINE}
+        differing = differences({**self._record["config"], **here}, self.config)
         if self._record["fingerprint"] != self.dataset.fingerprint():
             differing.append("other images")
         if differing:
@@ -181,17 +184,21 @@ class Job:
             )
 
     def _say_if_moved(self) -> None:
-        """A run that began on another machine continues correctly, but no longer bit for bit."""
+        """A run that began on another machine, or computing differently, continues correctly, but not bit for bit."""
         record = self._record
         here = (runtime.device_name(self.device), self.precision.name, f"torch {machine.versions()['torch']}")
         there = (record["device"], record["precision"], f"torch {record['versions']['torch']}")
         moved = [f"{old} then, {new} now" for old, new in zip(there, here) if old != new]
         if record["world"] != self.ranks.world:
             moved.append(f"{record['world']} processes then, {self.ranks.world} now")
+        config, here = Config().to_dict() | record["config"], self.config.to_dict()  # an older run lacks newer settings
+        # The batched pipeline has no workers whose number could matter.
+        names = OF_THE_MACHINE if self.config.pipeline == "albumentations" else ("compile",)
+        moved += [f"{name} {config[name]} then, {here[name]} now" for name in names if config[name] != here[name]]
         if moved:
             self.ranks.say(
-                f"the run began elsewhere ({'; '.join(moved)}): its result will be just as valid, but not bit-identical to "
-                "what it would have been there"
+                f"the run began differently ({'; '.join(moved)}): its result will be just as valid, but not "
+                "bit-identical to what it would have been"
             )
 
     @_explained

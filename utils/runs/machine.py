@@ -19,7 +19,7 @@ class OutOfMemoryError(Session10Error):
 
 
 class LoaderError(Session10Error):
-    """A loader process died."""
+    """A DataLoader worker died."""
 
 
 class RankError(Session10Error):
@@ -82,7 +82,7 @@ def explain_failures(batch_size: int):
 
     Raises:
         OutOfMemoryError: the CPU or GPU ran out of memory.
-        LoaderError: a loader process died, or shared memory ran out.
+        LoaderError: a DataLoader worker died, or shared memory ran out.
         RankError: gloo or NCCL lost another process of the run.
         CompileError: ``torch.compile`` found no working C++ compiler or Triton.
     """
@@ -99,8 +99,8 @@ def explain_failures(batch_size: int):
 
         if says(*_SHARED_MEMORY):
             raise LoaderError(
-                f"the loader processes ran out of shared memory ({reason}): resume with a smaller --num-workers (0 "
-                "needs none), or with --pipeline batched"
+                f"the DataLoader workers ran out of shared memory ({reason}): resume with a smaller --num-workers (0 "
+                "needs none), or start anew with --pipeline batched in another --run-dir"
             ) from error
         if isinstance(error, MemoryError) or says(*_OUT_OF_MEMORY):
             raise OutOfMemoryError(
@@ -115,8 +115,9 @@ def explain_failures(batch_size: int):
         lost_connection = isinstance(error, (ConnectionError, EOFError)) and not isinstance(error, BrokenPipeError)
         if says(_DEAD_WORKER) or lost_connection:
             raise LoaderError(
-                f"a loader process died ({reason}), often for lack of memory or shared memory: resume, and if it dies again use a "
-                "smaller --num-workers, or --pipeline batched, which needs none"
+                f"a DataLoader worker died ({reason}), often for lack of memory or shared memory: resume, and if one dies "
+                "again, resume with a smaller --num-workers (0 needs none), or start anew with --pipeline batched in another "
+                "--run-dir"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             # In older versions the first line only names the backend.

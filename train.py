@@ -20,6 +20,8 @@ import torch
 from utils import config as configs
 from utils import runtime
 from utils.dataset import load_dataset
+from utils.engine import NonFiniteLossError
+from utils.lr_finder import LRRange
 from utils.runs import report
 from utils.runs.checkpoint import CheckpointError
 from utils.runs.door import run_door
@@ -141,9 +143,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
     job: Job | None = None
     is_refused = False  # the folder holds another run, or no usable one
+    has_diverged = False
 
     def train() -> None:
-        nonlocal job, is_refused
+        nonlocal job, is_refused, has_diverged
         args = make_parser().parse_args(argv)
         config = make_config(args)
         ranks, device_name = join_ranks(args.device)
@@ -168,18 +171,31 @@ def main(argv: list[str] | None = None) -> int:
             is_refused = True
             raise
         with contextlib.closing(job):
-            run(job, args)
+            try:
+                run(job, args)
+            except NonFiniteLossError:
+                has_diverged = True
+                raise
 
     def kept() -> str:
         if job is None or is_refused or not job.ranks.is_first:
             return ""
         next_step = "add --resume to the same command to continue" if job.folder.holds_checkpoint else "run it again"
+        if has_diverged:  # the same epochs would diverge again
+            next_step = f"start again in another --run-dir with {lower_lrs(job.lr_range)}"
         return f"{job.kept()}: {next_step}"
 
     try:
         return run_door("train.py", train, kept)
     finally:
         leave_ranks()
+
+
+def lower_lrs(lr_range: LRRange) -> str:
+    """The flags of a cycle with a third of the peak, and with the same LRMIN if it is below that."""
+    peak = lr_range.lr_max / 3
+    end = lr_range.lr_min if lr_range.lr_min < peak else lr_range.lr_min / 3
+    return f"--lr-min {end:.2e} --lr-max {peak:.2e}"
 
 
 def run(job: Job, args: argparse.Namespace) -> None:

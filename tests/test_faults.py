@@ -238,21 +238,25 @@ def _kill_a_loader(folder):
     at_step(1, kill_newest)
 
 
+LOWER = "start again in another --run-dir with --lr-min 1.00e-03 --lr-max 3.33e-03"
+RESUME = "add --resume to the same command to continue"
+
+
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "words", "next_step"),
     [
-        (_poison, f"epoch 2/{EPOCHS}: the loss is not finite at step 1, where the LR was "),
-        (_hunger, "out of memory with batch_size 10: start anew with a smaller one, such as 5"),
-        (_kill_a_loader, "a DataLoader worker died"),
+        (_poison, f"epoch 2/{EPOCHS}: the loss is not finite at step 1, where the LR was ", LOWER),
+        (_hunger, "out of memory with batch_size 10: start anew with a smaller one, such as 5", RESUME),
+        (_kill_a_loader, "a DataLoader worker died", RESUME),
     ],
 )
-def test_a_fault_during_a_run_is_one_message_and_keeps_the_epochs_before(tmp_path, toy, fault, words):
+def test_a_fault_during_a_run_is_one_message_and_keeps_the_epochs_before(tmp_path, toy, fault, words, next_step):
     log, argv = tmp_path / "log", arguments(tmp_path / "run", *(LOADER if fault is _kill_a_loader else ()))
     assert RunProcess(argv, toy, partial(after_save, 2, fault), log).wait() == 1
     lines = log.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("train.py:")] == [lines[-1]]
     assert words in lines[-1]
-    assert f"1 of {EPOCHS} epochs are kept in {tmp_path / 'run'}" in lines[-1]
+    assert lines[-1].endswith(f"1 of {EPOCHS} epochs are kept in {tmp_path / 'run'}: {next_step}")
     kept = decode(tmp_path / "run" / NEWEST)
     assert kept.epochs == 1
     assert torch.isfinite(kept.state["model"]["fc.weight"]).all()

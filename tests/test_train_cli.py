@@ -9,6 +9,7 @@ import torch
 import train
 from tests.small_runs import EPOCHS, GIVEN_LRS, arguments, shrink
 from utils import engine
+from utils.lr_finder import LRRange
 from utils.runs import report
 from utils.runs.checkpoint import decode
 from utils.runs.folder import NEWEST
@@ -177,6 +178,11 @@ def test_a_run_that_failed_on_the_machine_resumes_with_other_settings_of_the_mac
     assert ("the run began differently" in out) == bool(words)
     assert words in out
     assert decode(tmp_path / "run" / NEWEST).epochs == EPOCHS
+
+
+def test_the_lower_learning_rates_that_are_advised_make_a_cycle():
+    assert train.lower_lrs(LRRange.given(1e-3, 1e-2)) == "--lr-min 1.00e-03 --lr-max 3.33e-03"
+    assert train.lower_lrs(LRRange.given(6e-3, 9e-3)) == "--lr-min 2.00e-03 --lr-max 3.00e-03"
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from utils.runs import report
 from utils.runs.checkpoint import CheckpointError
 from utils.runs.door import run_door
 from utils.runs.job import Job
+from utils.runs.machine import explain_failures
 from utils.runs.ranks import join_ranks, leave_ranks
 
 EPILOG = """\
@@ -156,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         precision = runtime.pick_precision(config.precision, device)
         machine = runtime.device_name(device) + (f", {ranks.world} processes" if ranks.world > 1 else "")
         ranks.say(f"{config.profile} profile, seed {config.seed}, {precision.name} on {machine}")
-        dataset = ranks.first_then_others(lambda: load_dataset(args.data_dir))
+        with explain_failures(config.batch_size):  # an error on rank 0 ends the wait of the others
+            dataset = ranks.first_then_others(lambda: load_dataset(args.data_dir))
         dataset = dataset.subset(config.train_images, config.test_images)
         ranks.say(
             f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images"

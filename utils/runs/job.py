@@ -123,6 +123,7 @@ class Job:
         self._checkpoint: Checkpoint | None = None
         self._stack = ExitStack()
 
+    @_explained
     def open(self) -> Job:
         with ExitStack() as stack:
             if self.ranks.is_first:
@@ -144,7 +145,6 @@ class Job:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    @_explained
     def _prepare(self) -> None:
         config, dataset = self.config, self.dataset
         machine.check_compile(config.compile, self.device)

@@ -109,15 +109,16 @@ def explain_failures(batch_size: int):
             ) from error
         if torch.distributed.is_available() and torch.distributed.is_initialized() and says(*_DEAD_RANK):
             raise RankError(
-                "another process of this run ended, so this one stops too: start all of them again with --resume"
+                "another process of this run ended, so this one stops too: see its message, if it left one, then start "
+                "all of them again, with --resume if the run had begun"
             ) from error
         # A tensor on its way from a dying process ends as a broken connection; a BrokenPipeError is our own output's.
         lost_connection = isinstance(error, (ConnectionError, EOFError)) and not isinstance(error, BrokenPipeError)
         if says(_DEAD_WORKER) or lost_connection:
             raise LoaderError(
-                f"a DataLoader worker died ({reason}), often for lack of memory or shared memory: resume, and if one dies "
-                "again, resume with a smaller --num-workers (0 needs none), or start anew with --pipeline batched in another "
-                "--run-dir"
+                f"a DataLoader worker died ({reason}), often for lack of memory or shared memory: resume, and if one "
+                "dies again, resume with a smaller --num-workers (0 needs none), or start anew with --pipeline batched "
+                "in another --run-dir"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             # In older versions the first line only names the backend.

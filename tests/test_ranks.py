@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -170,14 +171,44 @@ def test_a_run_on_two_ranks_survives_the_death_of_either_and_resumes_bit_for_bit
     assert identical(outcome(whole), outcome(broken))
 
 
-def test_one_process_under_torchrun_is_one_without(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("RANK", "0")
+def run_from_disk(rank, dataset, argv) -> int:
+    return train.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "words"),
+    [
+        (run_from_disk, ("--data-dir", "/no/such/folder"), "train.py: no folder /no/such/folder: check the path"),
+        (run_train, ("--run-dir", __file__), "cannot be used as a run folder"),
+    ],
+)
+def test_an_error_of_the_user_ends_every_rank_without_a_traceback(toy, tmp_path, start_ranks, target, flags, words):
+    processes, log = start_ranks(target, toy, arguments(tmp_path / "run", *flags))
+    assert join(processes) == [1, 1], said(log, 0) + said(log, 1)
+    assert words in said(log, 0)
+    assert "another process of this run ended" in said(log, 1)
+    assert "Traceback" not in said(log, 0) + said(log, 1)
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": "2"}])
+def test_one_process_under_torchrun_or_on_a_cluster_is_one_without(monkeypatch, environment):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert join_ranks("auto") == (Ranks(), "auto")
     criterion = torch.nn.CrossEntropyLoss()
     assert Ranks().parallel(new_network(10), CPU) is None
     assert Ranks().weigh(criterion) is criterion
     assert Ranks().share(3) == 3
+
+
+def test_a_rank_waits_for_a_download_of_an_hour(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    settings = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: settings.update(more))
+    assert join_ranks("cpu") == (Ranks(1, 2), "cpu")
+    assert settings["timeout"] > timedelta(hours=1)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

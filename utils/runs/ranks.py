@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from utils.engine import Metrics
 from utils.runtime import ConfigError
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=2)  # for another rank; NCCL's own 10 minutes are too short for a slow download
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def join_ranks(device_name: str) -> tuple[Ranks, str]:
         ConfigError: more processes than GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    if world == 1 or "RANK" not in os.environ:  # some clusters set WORLD_SIZE for every job
         return Ranks(), device_name
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     if device_name == "auto":
@@ -113,7 +115,8 @@ def join_ranks(device_name: str) -> tuple[Ranks, str]:
                 "there are GPUs, or add --device cpu"
             )
         device_name = f"cuda:{local_rank}"
-    dist.init_process_group("nccl" if device_name.startswith("cuda") else "gloo", rank=rank, world_size=world)
+    backend = "nccl" if device_name.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=LONGEST_WAIT)
     return Ranks(rank, world), device_name
 
 

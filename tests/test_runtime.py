@@ -1,10 +1,12 @@
 """Seeds, device, precision, threads and memory, and what ``runs.machine`` says about the machine."""
 
+import ctypes
 import platform
 import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,10 +126,21 @@ def test_freed_memory_is_kept_for_the_next_step():
     assert after < before / 10
 
 
-def test_without_glibc_memory_settings_stay_unchanged(monkeypatch):
+@pytest.mark.parametrize("library", ["", "glibc"])
+def test_without_glibc_or_in_one_that_refuses_the_threshold_memory_settings_stay_unchanged(monkeypatch, library):
+    changed = []
+
+    def mallopt(number, value):
+        if number == -3 and value > 32 << 20:  # M_MMAP_THRESHOLD, before glibc 2.35
+            return 0
+        changed.append(number)
+        return 1
+
     keep_freed_memory.cache_clear()
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(platform, "libc_ver", lambda: (library, ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
     assert not keep_freed_memory()
+    assert changed == []
     keep_freed_memory.cache_clear()
 
 

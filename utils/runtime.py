@@ -117,11 +117,11 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-# Parameters of glibc's mallopt(3): number and value, in bytes.
+# Parameters of glibc's mallopt(3): number and value, in bytes. First the one that some versions refuse.
 _MALLOPT = {
+    "M_MMAP_THRESHOLD": (-3, 1 << 30),  # only larger blocks live outside the heap, and are returned when freed
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),  # never return free memory at the end of the heap to the kernel
     "M_TOP_PAD": (-2, 256 << 20),  # grow the heap in steps of this size
-    "M_MMAP_THRESHOLD": (-3, 1 << 30),  # only larger blocks live outside the heap, and are returned when freed
 }
 
 
@@ -134,12 +134,13 @@ def keep_freed_memory() -> bool:
     stay the same.
 
     Returns:
-        False if the C library is not glibc (macOS, Windows, Alpine); nothing is changed there.
+        False if the C library is not glibc (macOS, Windows, Alpine), or a glibc before 2.35, whose threshold ends at
+        32 MiB; nothing is changed there.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(number, value) == 1 for number, value in _MALLOPT.values()])
+    return all(mallopt(number, value) == 1 for number, value in _MALLOPT.values())  # ends at the first that is refused
 
 
 @dataclass(frozen=True)

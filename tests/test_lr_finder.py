@@ -110,8 +110,8 @@ def test_smoothing_averages_a_window_and_shifts_nothing():
         (np.full(100, 2.3), "the loss never fell: 2.300 at LR 1.0e-06, at best 2.300.* raise range_test_end"),
         (np.linspace(2.3, 9.0, 100), "the loss never fell.* If it rose at once, lower range_test_start"),
         (np.linspace(2.3, 0.5, 100), r"still falling at LR 1.0e\+00, the end of the range test.* raise range_test_end"),
-        (np.full(3, 2.3), "stopped being finite after 3 steps.* lower range_test_start .it began at 1.0e-06.*NaN"),
-        (np.array([]), "stopped being finite after 0 steps of the range test: lower range_test_start"),
+        (np.full(3, 2.3), "after 3 steps, because the loss .*: lower range_test_start .it began at 1.0e-06.*NaN"),
+        (np.array([]), "ended after 0 steps, because the loss stopped being finite .*: lower range_test_start"),
     ],
 )
 def test_an_unreadable_curve_names_the_setting_to_change(losses, message):
@@ -264,7 +264,11 @@ def test_single_bad_batches_of_a_set_learned_by_heart_do_not_end_the_sweep(parts
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(criterion=loss_by_step(lambda step: math.nan)), r"finite after 0 steps of .* look at the data for NaN"),
+        (dict(criterion=loss_by_step(lambda step: math.nan)), "after 0 steps, .* finite .* look at the data for NaN"),
+        (
+            dict(criterion=loss_by_step(lambda step: 1 + step)),
+            "after 4 steps, .* exceeded 3 times the first: lower range_",
+        ),
         (dict(start=1e-9, end=1e-7), "range_test_end"),
     ],
 )

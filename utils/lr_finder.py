@@ -206,8 +206,9 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum")
     lrs, losses = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
     if len(lrs) < SMOOTHING_WINDOW:
         raise LRRangeError(
-            f"the loss stopped being finite after {len(lrs)} steps of the range test: lower range_test_start "
-            f"(it began at {lrs[0] if len(lrs) else math.nan:.1e}), and look at the data for NaN"
+            f"the range test ended after {len(lrs)} steps, because the loss stopped being finite or exceeded "
+            f"{DIVERGED:g} times the first: lower range_test_start (it began at "
+            f"{lrs[0] if len(lrs) else math.nan:.1e}), and look at the data for NaN"
         )
     smoothed = smooth(losses)
     lowest = int(np.argmin(smoothed))

@@ -711,6 +711,21 @@ def test_a_hanging_name_lookup_delays_neither_another_host_nor_the_stand_in(hang
     assert_toy(load_dataset(), toy)
 
 
+def test_a_host_may_take_the_whole_time_to_answer_even_if_another_refuses_at_once(host, publish, toy, monkeypatch):
+    connect = socket.create_connection
+
+    def late(address, *args, **kwargs):
+        if address[0].endswith(".invalid"):
+            raise ConnectionRefusedError
+        time.sleep(1.5)
+        return connect(address, *args, **kwargs)
+
+    monkeypatch.setattr(archive, "CONNECT_SECONDS", 2.5)
+    monkeypatch.setattr(socket, "create_connection", late)
+    publish(host.url("good"), "https://refuses.invalid/archive")
+    assert_toy(load_dataset(), toy)
+
+
 def test_the_digits_are_shaped_like_cifar10():
     dataset = load_dataset(source="digits")
     assert dataset.classes == tuple("0123456789")

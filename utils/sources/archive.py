@@ -196,6 +196,7 @@ def _reachable() -> list[str]:
     threads = [threading.Thread(target=connect, args=(url,), daemon=True) for url in ARCHIVE_URLS]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + CONNECT_SECONDS
     for thread in threads:
-        thread.join(CONNECT_SECONDS / len(threads))
+        thread.join(max(0.0, deadline - time.monotonic()))
     return [url for url in ARCHIVE_URLS if url in answered]

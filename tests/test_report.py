@@ -83,6 +83,14 @@ def test_the_log_has_the_assignments_lines_and_the_last_epoch_is_the_shipped_wei
     assert "LR=0.001000 Time=11.5s" in log
 
 
+@pytest.mark.parametrize(
+    ("ema_decay", "words"),
+    [(0.99, "belong to the averaged weights."), (0.0, "belong to the weights at the end of the")],
+)
+def test_the_log_says_which_weights_were_tested(metrics, ema_decay, words):
+    assert words in report.training_log({**metrics, "config": {**metrics["config"], "ema_decay": ema_decay}})
+
+
 def test_readme_parts_are_replaced_and_nothing_else(metrics):
     text = "before\n<!-- generated: headline -->\nold\n<!-- end: headline -->\nafter\n"
     changed = report.replace_block(text, "headline", "new")
@@ -161,6 +169,27 @@ def test_what_is_unfinished_or_different_is_not_published(project, metrics):
     with pytest.raises(ResultsError, match=r"no .*metrics\.json: a run writes it when it is finished"):
         report.publish(project)
     assert (report.RESULTS / "of_an_older_run.png").exists()
+
+
+def test_a_setting_newer_than_a_published_run_had_its_default(project, metrics):
+    older = {name: value for name, value in metrics["config"].items() if name != "ghost_batch"}
+    first = finished_run(project / "first", {**metrics, "config": older})
+    equal = finished_run(project / "equal", metrics, seed=1)
+    other = finished_run(project / "other", metrics, seed=2, ghost_batch=0)
+    assert report.publish(first, [equal])["seeds"] == [0, 1]
+    with pytest.raises(ResultsError, match=r"differs from .* in ghost_batch: only equal"):
+        report.publish(first, [other])
+    with pytest.raises(ResultsError, match=r"differs from .* in ghost_batch: only equal"):
+        report.publish(other, [first])
+
+
+def test_a_readme_that_cannot_be_updated_leaves_everything_as_it_was(project, metrics, monkeypatch):
+    run = finished_run(project / "run", metrics)
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    monkeypatch.setattr(report, "render_readme", lambda text, metrics: report.replace_block(text, "results", ""))
+    with pytest.raises(ResultsError, match=r"README\.md cannot be updated \(there are 0 places for .*'results'"):
+        report.publish(run)
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
 
 
 def test_a_kill_between_the_two_renames_of_publishing_loses_nothing(project, metrics, monkeypatch):

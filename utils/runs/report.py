@@ -270,16 +270,25 @@ def publish(run_dir: str | os.PathLike, others: Iterable[str | os.PathLike] = ()
         others: folders of finished runs of the same config with other seeds, which count in the mean.
 
     Raises:
-        ResultsError: a run is not finished, or differs in config or images.
+        ResultsError: a run is not finished, or differs in config or images; or the README lacks a marker.
     """
     folders = [Path(run_dir), *others]
     runs = [read_metrics(folder) for folder in folders]
-    settings = [{**run["config"], "seed": None, "data": run["data"]} for run in runs]
+    defaults = Config().to_dict()  # of settings that are newer than a run
+    settings = [{**defaults, **run["config"], "seed": None, "data": run["data"]} for run in runs]
     for folder, other in zip(folders, settings):
         if other != settings[0]:
-            names = [name for name in other if other[name] != settings[0].get(name)]
+            names = [name for name in {**settings[0], **other} if other.get(name) != settings[0].get(name)]
             raise ResultsError(f"{folder} differs from {run_dir} in {', '.join(names)}: only equal runs make a mean")
     metrics = {**runs[0], **over_seeds(runs)}
+    readme = runtime.PROJECT_ROOT / "README.md"
+    try:  # before anything is replaced
+        log, text = training_log(metrics), render_readme(readme.read_text(encoding="utf-8"), metrics)
+    except ValueError as error:
+        raise ResultsError(
+            f"{readme} cannot be updated ({error}), so nothing was changed: restore its marker comments, then "
+            "publish again"
+        ) from error
 
     old, fresh = (RESULTS.with_name(f".{RESULTS.name}.{suffix}") for suffix in ("old", "new"))
     if old.exists() and not RESULTS.exists():  # an earlier call was killed between its two renames
@@ -294,9 +303,8 @@ def publish(run_dir: str | os.PathLike, others: Iterable[str | os.PathLike] = ()
         os.replace(RESULTS, old)
     os.replace(fresh, RESULTS)
     shutil.rmtree(old, ignore_errors=True)
-    write_atomically(runtime.PROJECT_ROOT / LOG_NAME, training_log(metrics).encode())
-    readme = runtime.PROJECT_ROOT / "README.md"
-    write_atomically(readme, render_readme(readme.read_text(encoding="utf-8"), metrics).encode())
+    write_atomically(runtime.PROJECT_ROOT / LOG_NAME, log.encode())
+    write_atomically(readme, text.encode())
     return metrics
 
 
@@ -318,6 +326,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], alig
 def training_log(metrics: dict) -> str:
     """training_logs.md: hardware, versions and data of the run, then every epoch."""
     history = History(**metrics["history"])
+    config = Config().to_dict() | metrics["config"]  # an older run lacks newer settings
+    tested = "the averaged weights" if config["ema_decay"] else "the weights at the end of the epoch"
     lines = [
         "# Training logs",
         "",
@@ -326,7 +336,7 @@ def training_log(metrics: dict) -> str:
         f"- {setup_sentence(metrics)}",
         f"- Commit of the code: `{metrics['commit']}`",
         "- Losses are mean cross-entropy per image, without label smoothing. Train values are measured on augmented images "
-        "while the weights change; test values belong to the averaged weights. Those of the last epoch belong to the "
+        f"while the weights change; test values belong to {tested}. Those of the last epoch belong to the "
         f"weights in `{WEIGHTS_NAME}`.",
         *([f"- {metrics['note']}"] if metrics.get("note") else []),
         "",

@@ -75,6 +75,20 @@ def test_a_crash_between_the_renames_leaves_the_previous_checkpoint_in_use(saved
     assert saved.load().epochs == 1
 
 
+def test_a_checkpoint_that_cannot_get_its_name_leaves_the_newest_in_place(saved, monkeypatch):
+    def busy(source, target, replace=os.replace):
+        if str(source).endswith(".s10part"):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", busy)
+        with pytest.raises(CheckpointError, match="the checkpoint of epoch 2 is still there"):
+            saved.save(small_checkpoint(3))
+    assert decode(saved.checkpoint).epochs == 2
+    assert not list(saved.path.glob(".*.s10part"))
+
+
 def test_a_later_formats_checkpoint_is_refused_and_kept(saved):
     content = saved.checkpoint.read_bytes().replace(MAGIC + b" 2 ", MAGIC + b" 3 ", 1)
     saved.checkpoint.write_bytes(content)

@@ -226,19 +226,22 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         keep: where the old file goes. A crash may leave it there while ``path`` is missing.
 
     Raises:
-        OSError: it could not be written; ``path`` and ``keep`` are as before.
+        OSError: it could not be written; ``path`` is as before, the file at ``keep`` may be lost.
     """
+    keeps_old = keep is not None and path.exists()
     part = path.with_name(f".{path.name}.{os.getpid()}.s10part")
     try:
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
+        if keeps_old:
             os.replace(path, keep)
         os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the folder may be read-only or gone
+            if keeps_old and not path.exists():
+                os.replace(keep, path)
             part.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # flush the renames too, where the system can

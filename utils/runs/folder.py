@@ -91,7 +91,7 @@ class RunFolder:
 
         Raises:
             RunLockedError: the lock was lost during the run, and another process may be using the folder.
-            CheckpointError: it cannot be written; the earlier checkpoints are untouched.
+            CheckpointError: it cannot be written; the newest checkpoint is untouched.
         """
         if _identity(self._lock.lock_file) != self._lock_identity:
             self._lock_again(checkpoint)

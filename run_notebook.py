@@ -18,10 +18,11 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import nbformat
@@ -51,9 +52,18 @@ class NotebookError(Session10Error):
 def read(path: Path):
     """The notebook in a file; NotebookError if it is not a notebook."""
     try:
-        return nbformat.read(path, as_version=4)
-    except ValueError as error:
-        raise NotebookError(f"{path} is not a notebook ({error}): get a fresh copy") from error
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except (
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        nbformat.ValidationError,
+    ) as error:  # any JSON can be there
+        reason = str(error).partition("\n")[0]
+        raise NotebookError(f"{path} is not a notebook ({reason}): get a fresh copy") from error
+    return notebook
 
 
 def heading_of(cell) -> str | None:
@@ -196,17 +206,16 @@ def execute(notebook, environment: dict[str, str]) -> None:
                 await (client.km.shutdown_kernel(now=True) if kill else client.km.interrupt_kernel())
 
         try:
+            wait_for(done)
             done.result()
         except KeyboardInterrupt:
             stopped = True
             asyncio.run_coroutine_threadsafe(signal_kernel(kill=False), loop)
-            try:
-                finished = wait([done], timeout=GRACE_SECONDS).done
-            except KeyboardInterrupt:
-                finished = False
-            if not finished:
+            with contextlib.suppress(KeyboardInterrupt):
+                wait_for(done, GRACE_SECONDS)
+            if not done.done():
                 asyncio.run_coroutine_threadsafe(signal_kernel(kill=True), loop)
-                wait([done])
+                wait_for(done)
             raise
         except CellExecutionError as error:
             raise NotebookError(f"stopped in {section!r} by {error.ename}: {error.evalue}") from error
@@ -214,6 +223,13 @@ def execute(notebook, environment: dict[str, str]) -> None:
             raise NotebookError(
                 f"the kernel died in {section!r}, often for lack of memory: close what else uses it"
             ) from error
+
+
+def wait_for(work: Future, seconds: float = math.inf) -> None:
+    """Wait until ``work`` is done or ``seconds`` are over, in short steps: Windows notices Ctrl-C only between them."""
+    end = time.monotonic() + seconds
+    while not work.done() and time.monotonic() < end:
+        wait([work], timeout=1.0)
 
 
 def main(argv: list[str] | None = None) -> int:

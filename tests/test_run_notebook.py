@@ -117,10 +117,25 @@ def test_a_dead_kernel_ends_with_one_message_and_the_outputs_are_kept(notebook, 
     assert printed(runs / "notebook-quick" / "small.ipynb") == "first\n"
 
 
-def test_a_file_that_is_not_a_notebook_and_an_unknown_profile_are_named(tmp_path, monkeypatch, capsys):
-    (tmp_path / "torn.ipynb").write_text('{"cells": [', encoding="utf-8")
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"cells": [',
+        "[]",
+        "{}",
+        '{"cells": 3, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}',
+        '{"cells": [{"cell_type": "code"}], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}',
+    ],
+)
+def test_a_file_that_is_not_a_notebook_is_named(tmp_path, content, capsys):
+    (tmp_path / "torn.ipynb").write_text(content, encoding="utf-8")
     assert run_notebook.main([str(tmp_path / "torn.ipynb")]) == 1
-    assert "torn.ipynb is not a notebook" in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "torn.ipynb is not a notebook (" in message
+    assert message.endswith("): get a fresh copy")
+
+
+def test_an_unknown_profile_is_named(monkeypatch, capsys):
     monkeypatch.setenv("S10_PROFILE", "fast")
     assert run_notebook.main([]) == 2
     message = capsys.readouterr().err

@@ -42,6 +42,11 @@ def test_an_unknown_profile_is_answered_with_the_known_ones():
         Config(profile="fast")
 
 
+def test_a_setting_without_a_name_is_refused():
+    with pytest.raises(ConfigError, match="'nope' has no name: name every setting, as in seed=3"):
+        Config("nope")
+
+
 def test_a_config_is_frozen_and_plain_json():
     config = quick()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -17,7 +17,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class Config:
     """The settings of one training run. Frozen: ``dataclasses.replace`` makes a variant.
 
@@ -105,6 +105,8 @@ class Config:
             name = str(first["loc"][0])
             if first["type"] == "unexpected_keyword_argument":
                 raise ConfigError(f"{name} is not a setting: utils/config.py lists them all") from None
+            if first["type"] == "unexpected_positional_argument":
+                raise ConfigError(f"{first['input']!r} has no name: name every setting, as in seed=3") from None
             reason = first["msg"].replace("Input should be", "it should be")
             value = values.kwargs[name] if isinstance(values, ArgsKwargs) else first["input"]
             raise ConfigError(f"{name} is {value!r}: {reason}") from None

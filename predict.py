@@ -1,7 +1,7 @@
 """Use trained weights: classify your own pictures, or test the weights on the data of their run.
 
 python predict.py picture.jpg                   the three most probable classes, with the weights in Results/
-python predict.py --weights RUN/custom_resnet.safetensors *.jpg     with the weights of your own run
+python predict.py --weights RUN/custom_resnet.safetensors picture.jpg     with the weights of your own run
 python predict.py --test                        accuracy on the test images, beside metrics.json's
 """
 
@@ -18,6 +18,7 @@ from utils.analysis import classify_file
 from utils.dataset import HELD_OUT, DatasetError, ImageDataset, load_dataset
 from utils.runs import report
 from utils.runs.door import complain, run_door
+from utils.runs.machine import explain_failures
 from utils.runs.weights import WEIGHTS_NAME, WeightsError, load_model
 from utils.runtime import Session10Error, say
 
@@ -106,7 +107,7 @@ def classify(args: argparse.Namespace, model: CustomResNet, classes: list[str]) 
     for picture in args.picture:
         try:
             if picture.is_dir():
-                raise DatasetError(f"{picture} is a folder: name the pictures in it, such as {picture}/*.jpg")
+                raise DatasetError(f"{picture} is a folder: name the pictures in it, such as {picture / 'picture.jpg'}")
             answers = classify_file(model, picture, classes, args.top)
         except (DatasetError, OSError) as error:
             if len(args.picture) == 1:
@@ -114,14 +115,15 @@ def classify(args: argparse.Namespace, model: CustomResNet, classes: list[str]) 
             complain(f"predict.py: {error}")
             failed += 1
             continue
-        if not all(math.isfinite(share) for _, share in answers):
+        if not all(math.isfinite(probability) for _, probability in answers):
             raise WeightsError(
                 f"{args.weights} gives NaN instead of probabilities: the run has diverged; use another run's weights"
             )
-        say(f"{picture}: " + ", ".join(f"{name} {share:.1%}" for name, share in answers))
+        say(f"{picture}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answers))
     if failed < len(args.picture):
         say(
-            f"It knows {in_words(classes)} and names one of them whatever a picture shows: a high share proves nothing."
+            f"It knows {in_words(classes)} and names one of them whatever a picture shows: a high probability proves "
+            "nothing."
         )
     return failed
 
@@ -136,12 +138,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def predict() -> None:
         device = runtime.pick_device(args.device)
-        model, metadata = load_model(args.weights)
-        model = model.to(device)
-        if args.test:
-            test(args, model, metadata["classes"])
-        elif failed := classify(args, model, metadata["classes"]):
-            raise Session10Error(f"{failed} of {len(args.picture)} pictures could not be classified")
+        with explain_failures():
+            model, metadata = load_model(args.weights)
+            model = model.to(device)
+            if args.test:
+                test(args, model, metadata["classes"])
+            elif failed := classify(args, model, metadata["classes"]):
+                raise Session10Error(f"{failed} of {len(args.picture)} pictures could not be classified")
 
     return run_door("predict.py", predict)
 

@@ -81,7 +81,7 @@ def test_one_bad_picture_does_not_stop_the_rest(run, picture, tmp_path):
     assert [line.startswith("predict.py: ") for line in err] == [True] * 4
     assert "notes.png" in err[0]
     assert str(missing) in err[1]
-    assert err[2].endswith(f"{tmp_path} is a folder: name the pictures in it, such as {tmp_path}/*.jpg")
+    assert err[2].endswith(f"{tmp_path} is a folder: name the pictures in it, such as {tmp_path / 'picture.jpg'}")
     assert err[3].endswith("3 of 4 pictures could not be classified")
     code, out, err = run(missing)
     assert (code, out, len(err)) == (1, [], 1)
@@ -103,6 +103,19 @@ def test_answers_that_are_not_numbers_are_refused(run, picture, monkeypatch):
     code, out, err = run(picture)
     assert (code, out) == (1, [])
     assert "gives NaN instead of probabilities" in err[0]
+
+
+@pytest.mark.parametrize("arguments", [["--test", "--data-dir"], []])
+def test_too_little_memory_is_one_message_that_names_the_fix(
+    run, picture, folder, project_root, monkeypatch, arguments
+):
+    def hungry(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(CustomResNet, "forward", hungry)
+    code, out, err = run(*arguments, folder if arguments else picture)
+    assert (code, out) == (1, [])
+    assert err[-1] == "predict.py: out of memory: free what other programs use, or add --device cpu"
 
 
 def test_missing_weights_are_named(tmp_path, picture, capsys):

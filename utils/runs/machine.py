@@ -74,11 +74,11 @@ _DEAD_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 @contextlib.contextmanager
-def explain_failures(batch_size: int):
+def explain_failures(batch_size: int | None = None):
     """Turn failures of the machine into errors that name the fix.
 
     Args:
-        batch_size: the one in use.
+        batch_size: the one in use; None: the user cannot choose it.
 
     Raises:
         OutOfMemoryError: the CPU or GPU ran out of memory.
@@ -103,6 +103,8 @@ def explain_failures(batch_size: int):
                 "needs none), or start anew with --pipeline batched in another --run-dir"
             ) from error
         if isinstance(error, MemoryError) or says(*_OUT_OF_MEMORY):
+            if batch_size is None:
+                raise OutOfMemoryError("out of memory: free what other programs use, or add --device cpu") from error
             raise OutOfMemoryError(
                 f"out of memory with batch_size {batch_size}: start anew with a smaller one, such as "
                 f"{max(1, batch_size // 2)}, or free memory that other programs use and resume"

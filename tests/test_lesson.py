@@ -179,7 +179,11 @@ def test_chance_is_the_most_frequent_class_and_a_margin(counts, level):
     assert lesson.chance_level(labels) == pytest.approx(level, abs=0.01)
 
 
-def test_experiments_leave_the_global_generator_unchanged(toy):
+@pytest.mark.parametrize("gpus", [0, 2])
+@pytest.mark.filterwarnings("error")
+def test_experiments_leave_the_global_generators_unchanged(toy, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' generators are seeded"))
     before = torch.get_rng_state()
     lesson.gradient_norms(2, skip=True, batch_norm=True)
     lesson.training_error(toy, 4, skip=False, epochs=1)

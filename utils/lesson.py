@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import copy
 import inspect
 import io
@@ -32,6 +33,14 @@ from utils.transforms import normalize
 
 STORED_DEGRADATION = PROJECT_ROOT / "experiments" / "results" / "degradation.json"
 INITS = ("default", "he")
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it, torch's CPU generator starts from ``seed``; afterwards it is as before. GPUs' are not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 # --- showing code -----------------------------------------------------------------------------------------------------
@@ -93,8 +102,7 @@ def gradient_norms(depth: int, skip: bool, batch_norm: bool, init: str = "defaul
             he_init(conv)
         return [conv, nn.BatchNorm2d(width), nn.ReLU()] if batch_norm else [conv, nn.ReLU()]
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0):
         blocks = [nn.Sequential(*layer(), *layer()) for _ in range(depth)]
         classifier = nn.Linear(width, 10)
         x = torch.randn(32, width, 8, 8, requires_grad=True)
@@ -208,8 +216,7 @@ def training_error(dataset: ImageDataset, depth: int, skip: bool, *, seed: int =
         (epochs, 2) float64: the mean train loss in nats and the train error in percent of each epoch.
     """
     images, labels = shrunken(dataset.train_images), torch.from_numpy(dataset.train_labels)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         net = DepthNet(depth, skip, num_classes=len(dataset.classes))
         return np.array(list(small_epochs(net, images, labels, **settings)))
 
@@ -259,9 +266,8 @@ def untrained_loss(images: np.ndarray, labels: np.ndarray, seeds: int = 5, smoot
         smoothing: label smoothing of the loss.
     """
     inputs, targets, losses = normalize(torch.from_numpy(images)), torch.from_numpy(labels), []
-    with torch.random.fork_rng(), torch.no_grad():
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+    for seed in range(seeds):
+        with seeded(seed), torch.no_grad():
             losses.append(F.cross_entropy(CustomResNet()(inputs), targets, label_smoothing=smoothing).item())
     return np.array(losses)
 
@@ -315,8 +321,7 @@ def average_and_latest(dataset: ImageDataset, epochs: int = 8, decay: float = 0.
     train, test = shrunken(dataset.train_images), shrunken(dataset.test_images)
     labels, truth = torch.from_numpy(dataset.train_labels), torch.from_numpy(dataset.test_labels)
     curves: dict[str, list[float]] = {"latest weights": [], "their running average": []}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0):
         net = DepthNet(8, skip=True, num_classes=len(dataset.classes))
         average = WeightAverage(net, decay)
         for _ in small_epochs(net, train, labels, epochs, lr=1e-2, after_step=lambda net: average.update(net, 0)):

@@ -266,7 +266,7 @@ def make_loaders(
         rank, world: see ``BatchedLoader``.
 
     Returns:
-        ``(train, test)``; only train is shuffled and augmented.
+        ``(train, test)``; only train is shuffled, augmented and shared among processes.
 
     Raises:
         ConfigError: the batch size does not suit the data or the number of processes.
@@ -274,16 +274,16 @@ def make_loaders(
     train = (dataset.train_images, dataset.train_labels, config.batch_size)
     test = (dataset.test_images, dataset.test_labels, min(config.eval_batch_size, len(dataset.test_labels)))
     augmentation = dict(pad=config.pad, pad_mode=config.pad_mode, flip=config.flip, cutout=config.cutout)
-    shared = dict(device=device, dtype=dtype, rank=rank, world=world)
-    shuffled = dict(shuffle=True, seed=config.seed)
+    both = dict(device=device, dtype=dtype)
+    shuffled = dict(shuffle=True, seed=config.seed, rank=rank, world=world)
     if config.pipeline == "albumentations":
-        shared["num_workers"] = config.num_workers
+        both["num_workers"] = config.num_workers
         return (
-            AlbumentationsLoader(*train, train_transform(**augmentation), **shuffled, **shared),
-            AlbumentationsLoader(*test, test_transform(), **shared),
+            AlbumentationsLoader(*train, train_transform(**augmentation), **shuffled, **both),
+            AlbumentationsLoader(*test, test_transform(), **both),
         )
     augment = BatchAugment(**augmentation)
     return (
-        BatchedLoader(*train, augment=augment, alternate_flip=config.alternate_flip, **shuffled, **shared),
-        BatchedLoader(*test, **shared),
+        BatchedLoader(*train, augment=augment, alternate_flip=config.alternate_flip, **shuffled, **both),
+        BatchedLoader(*test, **both),
     )

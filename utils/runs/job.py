@@ -152,9 +152,10 @@ class Job:
         loaders = functools.partial(make_loaders, dataset, config, self.device, self.precision.dtype)
         self.train_loader, self.test_loader = loaders(rank=self.ranks.rank, world=self.ranks.world)
         self._whole_train_loader = self.train_loader
-        if self.ranks.world > 1 and self.ranks.is_first:  # rank 0 alone runs the range test and every test
-            self._whole_train_loader, self.test_loader = loaders()
-        ends = (config.lr_min, config.lr_max) if config.lr_min else (config.range_test_start, config.range_test_end)
+        if self.ranks.world > 1 and self.ranks.is_first:  # rank 0 alone runs the range test
+            self._whole_train_loader, _ = loaders()
+        # Before the range test, so with its ends in place of LRMIN and LRMAX: the lengths are what is checked here.
+        ends = (config.range_test_start, config.range_test_end)
         check_cycle(*ends, config.epochs, config.peak_epoch, len(self.train_loader))
         model = engine.build_model(config, len(dataset.classes))
         if config.init == "patches":

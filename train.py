@@ -135,8 +135,8 @@ def make_config(args: argparse.Namespace) -> configs.Config:
     Raises:
         ConfigError: a setting that cannot work.
     """
-    settings = {name: value for name, value in vars(args).items() if name in configs.Config.__dataclass_fields__}
-    changes = {name: value for name, value in settings.items() if name != "profile" and value is not None}
+    settings = configs.Config.__dataclass_fields__.keys() - {"profile"}
+    changes = {name: value for name, value in vars(args).items() if name in settings and value is not None}
     return configs.from_profile(args.profile, **changes)
 
 

@@ -281,7 +281,7 @@ def test_block_diagram_draws_every_block_and_the_sum_where_there_is_a_skip():
 
 
 def test_a_saved_figure_is_a_png_wide_enough_for_a_readme(tmp_path):
-    path = plotting.save_figure(mistakes(2), tmp_path / "new" / "mis.png")
-    with Image.open(path) as image:
+    plotting.save_figure(mistakes(2), tmp_path / "new" / "mis.png")
+    with Image.open(tmp_path / "new" / "mis.png") as image:
         assert image.format == "PNG"
         assert image.width >= 1200

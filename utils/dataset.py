@@ -44,12 +44,9 @@ KNOWN_FINGERPRINTS = {
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset(Arrays):
-    """A labelled image set, split into train and test.
+    """The images and labels of ``Arrays``, and where they come from.
 
     Attributes:
-        train_images, test_images: (N, 32, 32, 3) uint8, RGB.
-        train_labels, test_labels: (N,) int64, indices into ``classes``.
-        classes: the class names.
         source: ``"official"``, ``"image-folder"`` or ``"digits"``.
         description: for logs and reports; derived from the data if not given.
     """

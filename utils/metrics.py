@@ -33,7 +33,7 @@ class RunningMetrics:
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: (B, C) logits and (B,) labels."""
-        self.logits.append(logits.float().clone())  # cloned: a CUDA graph reuses its output's memory
+        self.logits.append(logits.to(torch.float32, copy=True))  # a copy: a CUDA graph reuses its output's memory
         self.labels.append(labels)
 
     def read(self) -> Metrics:

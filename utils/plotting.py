@@ -59,12 +59,11 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options):
 
 
 @styled
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a PNG, creating its folder; returns the path."""
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, creating its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    return path
 
 
 def _headline(figure: Figure, title: str) -> None:

@@ -41,15 +41,8 @@ RECIPE_TRAIN_IMAGES = 50_000
 # Settings in which runs of the recipe may differ: the seed, and how a machine computes.
 NOT_OF_THE_RECIPE = ("seed", "eval_batch_size", "num_workers", "precision", "deterministic", "packed", "compile")
 TEST_BATCH = 500  # images at a time in the final test
-ORIGIN = (
-    "device",
-    "precision",
-    "world",
-    "versions",
-    "data",
-    "source",
-    "commit",
-)  # of the record, quoted in metrics.json
+# Of the record, quoted in metrics.json.
+ORIGIN = ("device", "precision", "world", "versions", "data", "source", "commit")
 
 # What others published for networks of this kind on CIFAR-10: (who, how, test accuracy, time on which hardware).
 PUBLISHED = (

@@ -1,4 +1,4 @@
-"""The run's folder: one process at a time, always a whole checkpoint, and a copy on a drive that may fail."""
+"""The run's folder: one process at a time, always an intact checkpoint, and a copy on a drive that may fail."""
 
 import os
 import shutil
@@ -129,7 +129,7 @@ def test_a_checkpoint_without_read_permission_is_not_called_damaged(toy):
         assert RunProcess(arguments(run_dir, "--resume"), toy, _leave_root, log).wait() == 1
         folder.checkpoint.chmod(0o600)
         message = log.read_text(encoding="utf-8").splitlines()[-1]
-        assert "checkpoint.pt cannot be read (Permission denied), but it may be whole: make it readable" in message
+        assert "checkpoint.pt cannot be read (Permission denied), but it may be intact: make it readable" in message
         assert "damaged" not in message
         assert decode(folder.checkpoint).epochs == 1
 
@@ -224,7 +224,7 @@ def test_a_new_machine_continues_from_the_drive_and_a_folder_behind_takes_the_ne
         with mirrored(tmp_path / place / "run") as folder:
             assert f"fetched the checkpoint after epoch 2 from {drive}" in capsys.readouterr().out
             assert folder.load().epochs == 2
-    (drive / NEWEST).write_bytes((drive / NEWEST).read_bytes()[:-1])  # its header is whole, its content is not
+    (drive / NEWEST).write_bytes((drive / NEWEST).read_bytes()[:-1])  # its header is intact, its content is not
     with mirrored(tmp_path / "fourth" / "run") as folder:
         assert folder.load().epochs == 1
         folder.save(small_checkpoint(3))

@@ -461,8 +461,8 @@ def test_a_damaged_official_batch_is_noticed_by_its_checksum(own, name, damage):
 
 
 CLOSED = {  # what is closed in a folder with the archive: its permissions, and the message
-    CIFAR10.filename: (0, rf"{CIFAR10.filename} cannot be read \(Permission denied\): see to its permissions"),
-    f"{BATCHES}/test_batch": (0, r"test_batch cannot be read \(Permission denied\): see to its permissions"),
+    CIFAR10.filename: (0, rf"{CIFAR10.filename} cannot be read \(Permission denied\): check its permissions"),
+    f"{BATCHES}/test_batch": (0, r"test_batch cannot be read \(Permission denied\): check its permissions"),
     ".": (0o555, r"CIFAR-10 cannot be stored in .*own \(Permission denied\): make it writable"),
 }
 

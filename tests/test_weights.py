@@ -110,7 +110,7 @@ def test_a_header_that_describes_another_network_or_none_is_refused(path, about,
 @pytest.mark.parametrize("metadata", [None, {HEADER_KEY: "[]"}, {HEADER_KEY: "["}, {HEADER_KEY: "[" * 100_000}])
 def test_a_file_of_another_program_is_refused(tmp_path, metadata):
     save_file({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors", metadata)
-    with pytest.raises(WeightsError, match=r"does not name its classes|not a whole safetensors file"):
+    with pytest.raises(WeightsError, match=r"does not name its classes|not a complete safetensors file"):
         load_model(tmp_path / "other.safetensors")
 
 
@@ -136,7 +136,7 @@ class Payload:
     [
         (lambda path: path.write_bytes(pickle.dumps(Payload())), "refused, since they can run code"),
         (lambda path: torch.save({"fc.weight": Payload()}, path), "refused, since they can run code"),
-        (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
+        (lambda path: path.write_bytes(b""), "not a complete safetensors file"),
         (lambda path: path.mkdir(), "is not a file: name the weights file itself"),
         (os.mkfifo, "is not a file"),
         (lambda path: None, "no weights at .*train first"),

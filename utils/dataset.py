@@ -169,7 +169,7 @@ def load_dataset(root: str | os.PathLike | None = None, source: str = "auto") ->
         return _load_folder(Path(os.path.expanduser(named)), source, cache)  # pathlib's fails on unknown users
     except OSError as error:
         raise DatasetError(
-            f"{printable(error.filename or named or cache)} cannot be read ({error.strerror or error}): see to its "
+            f"{printable(error.filename or named or cache)} cannot be read ({error.strerror or error}): check its "
             "permissions, or name another folder"
         ) from error
 

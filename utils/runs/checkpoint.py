@@ -32,7 +32,7 @@ class CheckpointError(Session10Error):
 
 
 class DamagedError(CheckpointError):
-    """A file that is not a whole checkpoint; the previous one may still be."""
+    """A file that is not an intact checkpoint; the previous one may still be one."""
 
 
 class Header(NamedTuple):
@@ -140,7 +140,7 @@ def decode(path: Path) -> Checkpoint:
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}), but it may be whole: make it readable for this user, or check "
+            f"{path} cannot be read ({error.strerror}), but it may be intact: make it readable for this user, or check "
             "that its disk is there"
         ) from error
     line, _, payload = raw.partition(b"\n")

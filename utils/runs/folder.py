@@ -1,7 +1,7 @@
-"""The folder of one run: locked against a second process, always holding a whole checkpoint, copied to a drive if wanted.
+"""The folder of one run: locked against other processes, always with an intact checkpoint, copied to a drive if wanted.
 
-Every file is written under a temporary name, flushed to the disk and renamed, and the previous checkpoint is kept. So a
-whole checkpoint exists at any moment, even in the middle of a write.
+Every file is written under a temporary name, flushed to the disk and renamed, and the previous checkpoint is kept. So
+an intact checkpoint exists at any moment, even in the middle of a write.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class RunFolder:
 
     Args:
         path: on a local disk; created on entering if missing.
-        mirror: a second folder, such as one on a mounted Google Drive, to which each whole checkpoint is copied. A
-            failing copy is retried and then only warned about. On entering, a newer checkpoint of the same run is
-            fetched from there, and one of another run is refused.
+        mirror: a second folder, such as one on a mounted Google Drive, to which each checkpoint is copied. A failing
+            copy is retried and then only warned about. On entering, a newer checkpoint of the same run is fetched from
+            there, and one of another run is refused.
 
     Attributes:
         saved_epochs: epochs in the checkpoint last saved or loaded here; None before that.
@@ -53,7 +53,7 @@ class RunFolder:
         self.previous = self.path / PREVIOUS
         self.saved_epochs: int | None = None
         self.mirror_is_stale = False
-        self._newest_is_whole = True
+        self._newest_is_intact = True
         self._lock = FileLock(self.path / ".lock", is_singleton=True)
         self._lock_identity: tuple[int, int] | None = None
 
@@ -97,7 +97,7 @@ class RunFolder:
             self._lock_again(checkpoint)
         content = checkpoint.encode()
         try:
-            write_atomically(self.checkpoint, content, self.previous if self._newest_is_whole else None)
+            write_atomically(self.checkpoint, content, self.previous if self._newest_is_intact else None)
         except OSError as error:
             is_full = error.errno in OUT_OF_SPACE
             fix = f"free {math.ceil(len(content) / 1e6)} MB there" if is_full else "make it writable"
@@ -107,27 +107,27 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.checkpoint} could not be written ({reason_of(error)}); {kept}. To continue, {fix} and resume"
             ) from error
-        self._newest_is_whole = True
+        self._newest_is_intact = True
         self.saved_epochs = checkpoint.epochs
         if self.mirror is not None:
             self._copy_to_mirror(checkpoint, content)
 
     def load(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if there is none; warns if the newest one is damaged.
+        """The newest intact checkpoint, or None if there is none; warns if the newest one is damaged.
 
         Raises:
-            CheckpointError: none is whole, or one cannot be read.
+            CheckpointError: none is intact, or one cannot be read.
         """
-        found, problems = newest_whole(self.path)
+        found, problems = newest_intact(self.path)
         if found is None:
             if problems:
                 raise CheckpointError(
-                    f"{'; '.join(problems)}. No whole checkpoint is left: delete {self.path} and start again"
+                    f"{'; '.join(problems)}. No intact checkpoint is left: delete {self.path} and start again"
                 )
             return None
         self.saved_epochs = found.epochs
         if problems:
-            self._newest_is_whole = False  # the next save must not replace this good one by the damaged one
+            self._newest_is_intact = False  # the next save must not replace this good one by the damaged one
             warnings.warn(f"{problems[0]}; continuing from {PREVIOUS}, which holds {found.epochs} epochs", stacklevel=2)
         return found
 
@@ -181,7 +181,7 @@ class RunFolder:
             epochs_here = -1 if here is None else here.epochs
             if there is None or there.epochs <= epochs_here:
                 return
-            found, _ = newest_whole(self.mirror)
+            found, _ = newest_intact(self.mirror)
             if found is None or found.epochs <= epochs_here:
                 return
             write_atomically(self.checkpoint, found.encode())
@@ -211,7 +211,7 @@ class RunFolder:
             self.mirror_is_stale = True
             warnings.warn(
                 f"the checkpoint of epoch {checkpoint.epochs} could not be copied to {self.mirror} ({reason_of(error)}); "
-                f"the run continues, and the whole file is {self.checkpoint}",
+                f"the run continues, and the complete file is {self.checkpoint}",
                 stacklevel=3,
             )
 
@@ -239,8 +239,8 @@ def newest_header(folder: Path) -> Header | None:
     return None
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint in ``folder``, or None, and what is wrong with the damaged ones.
+def newest_intact(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint in ``folder``, or None, and what is wrong with the damaged ones.
 
     Raises:
         CheckpointError: one cannot be read, or was written by a later version of this project.

@@ -105,7 +105,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise WeightsError(f"{path} cannot be read ({error}): make it readable for this user") from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise WeightsError(
-            f"{path} is not a whole safetensors file ({error}): get a fresh copy. Pickled weights (.pt, .pth) are "
+            f"{path} is not a complete safetensors file ({error}): get a fresh copy. Pickled weights (.pt, .pth) are "
             "refused, since they can run code"
         ) from error
     return weights, metadata if isinstance(metadata, dict) else {}

@@ -1,5 +1,6 @@
 """The notebook's small experiments: they show what its text claims, and leave the main job unchanged."""
 
+import dataclasses
 import json
 import sys
 
@@ -14,6 +15,7 @@ from experiments import degradation
 from models import CustomLayer, CustomResNet
 from models.variants import remove_skips
 from utils import engine, lesson
+from utils.runtime import ConfigError
 from utils.transforms import normalize
 
 
@@ -88,7 +90,7 @@ def test_training_error_falls_and_one_seed_gives_one_curve(toy):
     assert np.array_equal(curve, again)
 
 
-def test_an_interrupted_longer_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, capsys):
+def test_an_interrupted_longer_run_is_resumed_and_a_finished_one_is_kept(toy, tmp_path, capsys, monkeypatch):
     out = tmp_path / "results" / "curves.json"
     settings = {"train_images": 40, "epochs": 1, "depths": [4], "lrs": [1e-3], "seeds": [0, 1]}
     whole = degradation.run_all(toy, out, settings)
@@ -97,7 +99,19 @@ def test_an_interrupted_longer_run_is_resumed_and_a_finished_one_is_kept(toy, tm
     capsys.readouterr()
     assert degradation.run_all(toy, out, settings)["runs"] == whole["runs"]
     assert capsys.readouterr().out.count("\n") == 1  # one run was made
-    assert len(degradation.run_all(toy, out, {**settings, "epochs": 2})["runs"][0]["error"]) == 2  # other settings
+    before = out.read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"curves.json holds runs of other settings or data \(epochs 1\): move it away"
+    ):
+        degradation.run_all(toy, out, {**settings, "epochs": 2})
+    monkeypatch.setattr(lesson, "STORED_DEGRADATION", out)
+    monkeypatch.setattr(degradation, "SETTINGS", settings)
+    for source, words in (("official", "(data toy images)"), ("digits", "these are other images")):
+        other = dataclasses.replace(toy, source=source, description="other images")
+        monkeypatch.setattr(degradation, "load_dataset", lambda other=other: other)
+        assert degradation.main() == 2
+        assert words in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_the_stored_curves_show_degradation_in_every_seed():

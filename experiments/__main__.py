@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # one line a run says enough
 
 from experiments import __doc__ as description
 from experiments import page, variants
-from experiments.campaign import FOLDS, STAGES, Campaign, Run, Stage, all_records, config_of, key_of
+from experiments.campaign import FOLDS, STAGES, Campaign, Run, Stage, all_records, config_of, key_of, read_record
 from utils import runtime
 from utils.dataset import load_dataset
 from utils.runs import report
@@ -33,7 +35,7 @@ def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[R
         current: the records so far, from which ``confirm`` takes what the screen proposes.
 
     Raises:
-        Session10Error: ``confirm`` before the screen's runs are made.
+        Session10Error: ``confirm`` before the runs of the usual screen, that of ``STAGES``, are made.
     """
     stage = stages[name]
     seeds = range(stage.first_seed, stage.first_seed + stage.seeds)
@@ -43,7 +45,7 @@ def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[R
     recipe = dataclasses.replace(stages["seeds"], width=stage.width), variants.RECIPE  # shared by seeds and ablations
     if name == "confirm":
         made = {key_of(record): record["status"] for record in current}
-        screen = plan(stages, "screen", current)
+        screen = plan(STAGES, "screen", current)
         if missing := [run for run in screen if run.key not in made]:
             raise Session10Error(f"{len(missing)} runs of the screen are still to be made: run `screen` first")
         try:
@@ -60,6 +62,23 @@ def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[R
     else:
         chosen = [recipe, *((stage, variant) for variant in variants.ablations())]
     return [Run(*one, seed) for seed in seeds for one in chosen]
+
+
+def check_images(count: int, data: str) -> None:
+    """Only runs on the whole of CIFAR-10 are published.
+
+    Args:
+        count: of the train images, those that are held out included.
+        data: their description.
+
+    Raises:
+        ConfigError: the count is another one.
+    """
+    if count != report.RECIPE_TRAIN_IMAGES:
+        raise ConfigError(
+            f"runs on {data} cannot be published, because it has {count:,} train images, not "
+            f"{report.RECIPE_TRAIN_IMAGES:,}: leave out --publish, or choose other --runs and all of CIFAR-10"
+        )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -113,12 +132,20 @@ def run(args: argparse.Namespace) -> None:
     publishes_result = args.publish and args.command in ("seeds", "all")
     if publishes_result:
         report.check_publishable(config_of(plan(stages, "seeds", [])[0]), campaign.dataset)
+    if args.publish:
+        if args.command != "table":
+            check_images(len(campaign.dataset.train_labels), campaign.dataset.description)
+        for record in all_records(args.runs, []):
+            if record["status"] == "done":
+                held_out = record["test_images"] if record["split"] == "validation" else 0
+                check_images(record["train_images"] + held_out, record["data"])
+    deadline = math.inf if args.budget_minutes is None else time.monotonic() + 60 * args.budget_minutes
     left = 0
     try:
         for name in {"all": list(STAGES), "table": []}.get(args.command, [args.command]):
             say(f"{name}, width {stages[name].width}:")
             current = page.comparable(records(), args.small)
-            left = left or campaign.work(plan(stages, name, current), args.budget_minutes)
+            left = left or campaign.work(plan(stages, name, current), deadline)
     finally:
         made = records()  # also after an interruption: what is made is shown
         page.write_results(results, made, args.small)
@@ -127,7 +154,8 @@ def run(args: argparse.Namespace) -> None:
     say(f"tables and figures: {results / page.PAGE_NAME}")
     if publishes_result and not left:
         folders = [campaign.folder(one) for one in plan(stages, "seeds", [])]
-        if absent := [folder.name for folder in folders if not is_finished(folder)]:
+        # Results/ must show the runs that are on record: another machine may have published first.
+        if absent := [folder.name for folder in folders if not is_finished(folder) or read_record(folder) not in made]:
             raise ConfigError(
                 f"Results/ stays as it is, for want of the weights and curves of {', '.join(absent)}: that run failed, or it "
                 "was made on another machine, where this command must run"

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -169,12 +170,15 @@ class Campaign:
                 write_json(folder / FAILED_NAME, failed)
         return read_record(folder)
 
-    def work(self, runs: Iterable[Run], budget_minutes: float | None = None) -> int:
+    def work(self, runs: Iterable[Run], deadline: float = math.inf) -> int:
         """Make the runs that are not made yet, in order; returns how many are left when the time is up.
 
         Runs that other processes work on are waited for at the end, and taken over if those processes die.
+
+        Args:
+            runs: the plan.
+            deadline: no run begins after it; as ``time.monotonic``, in seconds.
         """
-        began = time.monotonic()
         pending = [run for run in runs if self.record(run) is None]
         say(f"{len(pending)} runs to make")
         while pending:
@@ -182,7 +186,7 @@ class Campaign:
             for number, run in enumerate(pending):
                 if self.record(run) is not None:
                     continue  # made by another process meanwhile
-                if budget_minutes is not None and time.monotonic() - began > 60 * budget_minutes:
+                if time.monotonic() >= deadline:
                     left = len(pending) - number + len(locked)
                     say(f"the time is up, {left} runs are left: the same command goes on with them")
                     return left
@@ -213,11 +217,11 @@ def read_record(folder: Path) -> dict | None:
 
 
 def all_records(runs: Path, known: Sequence[dict]) -> list[dict]:
-    """``known`` records, and those of every run folder in ``runs``, which replace known ones of equal settings."""
+    """``known`` records, and those of every run folder in ``runs`` that no known one of equal settings stands for."""
     here = [read_record(path.parent) for path in sorted(runs.glob(f"*/{VARIANT_NAME}"))]
     found = {
         json.dumps([key_of(record), record["config"]], sort_keys=True): record
-        for record in [*known, *filter(None, here)]
+        for record in [*filter(None, here), *known]
     }
     stages = list(STAGES)
     return sorted(found.values(), key=lambda one: (stages.index(one["stage"]), one["variant"], one["seed"]))

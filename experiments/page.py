@@ -43,10 +43,10 @@ ALT = {
 }
 PAGE = f"""# The search for better settings
 
-Generated from [runs.json]({RECORDS_NAME}) by `python -m experiments table`; only the part on what was frozen is
-written by hand. [Every run]({RUNS_NAME}) is listed, {{count}} so far, including those that failed. Accuracies are in
-percent, after the last epoch, of the averaged weights (without EMA: of the last ones); ± is a standard deviation over
-seeds after a mean, and a standard error after a difference or an effect.
+Generated from [runs.json]({RECORDS_NAME}) by `python -m experiments table --publish`; only the part on what was
+frozen is written by hand. [Every run]({RUNS_NAME}) is listed, {{count}} so far, including those that failed.
+Accuracies are in percent, after the last epoch, of the averaged weights (without EMA: of the last ones); ± is a
+standard deviation over seeds after a mean, and a standard error after a difference or an effect.
 
 ## The screen
 
@@ -168,20 +168,20 @@ def chosen(records: Sequence[dict]) -> str:
     """The variant that the confirmation chooses, by the rule that the page states."""
     failed = {record["variant"] for record in _runs(records, "confirm") if record["status"] == "failed"}
 
-    def best(reference: str, regularized: bool) -> str:
-        found = differences(records, "confirm", "score", reference)
-        clear = [
-            one
-            for one in found.values()
-            if is_regularized(one.name) == regularized
-            and one.name not in failed
-            and one.error is not None
-            and one.value > one.error
-        ]
-        return max(clear, key=lambda one: one.value).name if clear else reference
+    def largest_first(reference: str, regularized: bool) -> list[Effect]:
+        """Differences of the variants without a failed run that say how large the noise is."""
+        found = differences(records, "confirm", "score", reference).values()
+        eligible = [one for one in found if is_regularized(one.name) == regularized and one.name not in failed]
+        return sorted((one for one in eligible if one.error is not None), key=lambda one: -one.value)
 
-    proposal = best(BASE.name, regularized=False)
-    return best(proposal, regularized=True) if proposal == ALL_THAT_HELPED else proposal
+    proposals = largest_first(BASE.name, regularized=False)
+    if not proposals or proposals[0].value <= proposals[0].error:
+        return BASE.name
+    proposal = proposals[0].name
+    if proposal != ALL_THAT_HELPED:
+        return proposal
+    better = (one.name for one in largest_first(proposal, regularized=True) if one.value > one.error)
+    return next(better, proposal)
 
 
 def _reference(stage: str) -> str:
@@ -421,9 +421,10 @@ def _mixed_pairs(records: Sequence[dict], stage: str) -> str:
 
 
 def _about(records: Sequence[dict]) -> str:
-    """The images and the width of finished runs."""
+    """The images and the width of finished runs, once for each kind of them."""
     about = {
-        f"{r['train_images']:,} train and {r['test_images']:,} {r['split']} images, width {r['config']['width']}"
+        f"{r['train_images']:,} train and {r['test_images']:,} {r['split']} images of {r['data'].partition(';')[0]}, "
+        f"width {r['config']['width']}"  # after a semicolon, the data name how many images were held out
         for r in records
     }
     return "; ".join(sorted(about))

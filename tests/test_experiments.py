@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 import experiments.__main__ as command
 from experiments import campaign as campaign_module
 from experiments import page, variants
-from experiments.campaign import STAGES, Campaign, Run, all_records, is_current
+from experiments.campaign import STAGES, Campaign, Run, all_records, config_of, is_current
 from experiments.effects import Effect, main_effects, paired
 from utils.config import full
 from utils.engine import NonFiniteLossError
+from utils.lr_finder import LRRangeError
 from utils.runs import report
 from utils.runs.folder import RunLockedError
 from utils.runtime import Session10Error
@@ -56,8 +58,8 @@ def trained(monkeypatch):
             if config.lr_max_factor == 0.1:
                 raise NonFiniteLossError("epoch 2: the loss is not finite")
             metrics = {"test_accuracy": accuracy, "test_accuracy_tta": accuracy + 0.4, "test_loss": 5 - accuracy / 20}
-            metrics |= {"lr_min": 1e-3, "lr_max": 1e-2, "weight_decay": 0.1, "wall_seconds": 60.0, "data": "toy images"}
-            metrics |= {"train_images": len(dataset.train_labels), "test_images": 20, "device": "a CPU"}
+            metrics |= {"lr_min": 1e-3, "lr_max": 1e-2, "weight_decay": 0.1, "wall_seconds": 60.0, "device": "a CPU"}
+            metrics |= {"train_images": len(dataset.train_labels), "test_images": 20, "data": dataset.description}
             metrics |= {"history": {"train_accuracy": [50.0, 97.0]}, "config": config.to_dict()}
             if config.ema_also:
                 decays = (0.99, *config.ema_also)
@@ -161,6 +163,12 @@ def test_confirmed_is_what_exceeds_its_error():
         ({"all that helped": (0.4, 0.5)}, "all that helped"),
         ({"all that helped": (0.9, -0.7)}, "base"),  # its mean is within its standard error
         ({"all that helped": (0.4, 0.5), "the three that helped most": (0.6, 0.7)}, "the three that helped most"),
+        ({"all that helped": (0.4, 0.5), "the three that helped most": (2.9, -0.9)}, "base"),  # the largest is unclear
+        ({"all that helped": (0.4, 0.5), "the three that helped most": (0.9, None)}, "all that helped"),
+        (
+            {"all that helped": (0.4, 0.5), "all that helped, a": (2.9, -0.9), "all that helped, b": (0.6, 0.7)},
+            "all that helped, b",
+        ),
         ({"all that helped": (0.4, 0.5), "all that helped, decay x 2": (0.6, 0.8)}, "all that helped, decay x 2"),
         ({"all that helped": (0.4, 0.5), "all that helped, decay x 2": (0.2, 0.8)}, "all that helped"),
         ({"all that helped": (-0.4, -0.5), "all that helped, decay x 2": (0.6, 0.7)}, "base"),
@@ -195,12 +203,23 @@ def test_choices_are_made_without_the_test_set(toy, tmp_path, trained):
     campaign = Campaign(lambda: sealed, tmp_path, CPU)
     stages = [dataclasses.replace(STAGES[name], holdout=20) for name in ("screen", "confirm")]
     runs = [Run(stage, variants.BASE, seed) for stage in stages for seed in (stage.first_seed, stage.first_seed + 1)]
-    assert campaign.work(runs) == 0
+    again = [run for run in command.plan({"screen": stages[0]}, "screen", []) if run.variant == variants.BASE][1:]
+    assert campaign.work([*runs, *again]) == 0
     held_out = [dataset.test_images for _, dataset in trained]
-    assert [len(images) for images in held_out] == [20] * 4
+    assert [len(images) for images in held_out] == [20] * 7
     assert not np.array_equal(held_out[0], held_out[1])  # another fold per seed
+    # The base's runs are repeated on the same images: only noise tells them apart.
+    assert all(np.array_equal(images, held_out[0]) for images in held_out[4:])
+    assert [config.seed for config, _ in trained] == [0, 1, 50, 51, 10, 20, 30]
     assert {config.eval_every for config, _ in trained} == {24}
-    assert [config.width for config, _ in trained] == [32, 32, 64, 64]
+    assert [config.width for config, _ in trained] == [32, 32, 64, 64, 32, 32, 32]
+
+
+def test_ablations_at_another_width_are_compared_with_the_recipe_at_that_width():
+    stages = {**STAGES, "ablations": dataclasses.replace(STAGES["ablations"], width=32)}
+    runs = command.plan(stages, "ablations", [])
+    assert (runs[0].stage.name, runs[0].variant) == ("seeds", variants.RECIPE)
+    assert {config_of(run).width for run in runs} == {32}
 
 
 def test_a_stand_in_is_refused_but_for_a_trial(toy, tmp_path):
@@ -229,6 +248,16 @@ def test_a_run_is_made_once_even_if_it_fails(campaign, trained, capsys):
     assert failed["reason"] == "epoch 2: the loss is not finite"
 
 
+@pytest.mark.parametrize("error", [NonFiniteLossError("not finite"), LRRangeError("no answer")], ids=str)
+def test_how_a_run_failed_is_its_result(campaign, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(campaign_module, "run_job", fail)
+    record = campaign.make(Run(STAGES["ablations"], NO_CUTOUT, 100))
+    assert (record["status"], record["reason"]) == ("failed", str(error))
+
+
 def test_a_run_of_other_settings_in_its_folder_is_named(campaign, trained):
     campaign.make(Run(STAGES["ablations"], NO_CUTOUT, 100))
     other = Run(STAGES["ablations"], dataclasses.replace(NO_CUTOUT, changes={"cutout": 4}), 100)
@@ -248,6 +277,8 @@ def test_runs_made_elsewhere_count_if_their_settings_are_equal(campaign, trained
     assert not is_current(older, small=True)
     assert Campaign(campaign.load, tmp_path / "other", CPU, small=True, records=[older]).record(run) is None
     assert len(all_records(tmp_path, [older, record])) == 2
+    published = {**record, "device": "another CPU"}  # the same run, which was then made here too
+    assert all_records(tmp_path, [published]) == [published]
 
 
 def test_runs_of_a_smaller_width_are_not_shown_as_failed(campaign, trained):
@@ -305,8 +336,21 @@ def test_a_locked_run_is_left_for_later(campaign, trained, monkeypatch):
     assert [config.seed for config, _ in trained] == [101, 100]
 
 
+def test_a_run_that_another_process_makes_meanwhile_is_not_made_again(campaign, trained, monkeypatch):
+    make = Campaign.make
+
+    def make_and_let_others_work(self, run):
+        if not trained:
+            make(self, RECIPES[1])
+        return make(self, run)
+
+    monkeypatch.setattr(Campaign, "make", make_and_let_others_work)
+    assert campaign.work(RECIPES) == 0
+    assert [config.seed for config, _ in trained] == [101, 100]
+
+
 def test_no_run_begins_when_the_time_is_up(campaign, trained, capsys):
-    assert campaign.work(RECIPES, budget_minutes=0) == 2
+    assert campaign.work(RECIPES, deadline=0.0) == 2
     assert not trained
     assert "2 runs are left" in capsys.readouterr().out
 
@@ -317,6 +361,7 @@ def test_no_run_begins_when_the_time_is_up(campaign, trained, capsys):
 @pytest.fixture
 def execute(toy, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(command, "load_dataset", lambda folder: toy)
+    monkeypatch.setattr(command.report, "RECIPE_TRAIN_IMAGES", len(toy.train_labels))
     monkeypatch.setattr(page, "RESULTS", tmp_path / "published")
     monkeypatch.setattr(command, "README", tmp_path / "README.md")
     command.README.write_text("old\n<!-- generated: experiments -->\n<!-- end: experiments -->\n", encoding="utf-8")
@@ -345,6 +390,7 @@ def test_all_leads_from_the_screen_to_the_page(execute, trained, tmp_path, capsy
     ]
     assert "| constant LR 0.1 LRMAX | 0 (3 failed) |" in text
     assert "EMA decay" not in text  # three epochs are too short for any
+    assert "\n\n20 train and 20 validation images of toy images, width 8, on a CPU. Differences are paired" in text
     for name in ("screen.png", "ablations.png", "runs.md"):
         assert (folder / name).stat().st_size > 0
     assert len(json.loads((folder / "runs.json").read_text(encoding="utf-8"))) == len(trained)
@@ -357,6 +403,33 @@ def test_all_leads_from_the_screen_to_the_page(execute, trained, tmp_path, capsy
     assert execute("table") == 0
     assert len(trained) == count
     assert (folder / "README.md").read_text(encoding="utf-8") == by_hand
+
+
+def test_the_confirmation_with_other_seeds_follows_the_usual_screen(execute, trained):
+    assert execute("screen") == 0
+    assert execute("confirm", "--seeds", "2") == 0
+    assert {config.seed for config, _ in trained[15:]} == {50, 51}
+
+
+def test_all_stages_share_one_budget(execute, trained, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: 60.0 * len(trained))  # a run takes a minute
+    monkeypatch.setattr(campaign_module, "time", clock)
+    monkeypatch.setattr(command, "time", clock)
+    assert execute("all", "--budget-minutes", "17") == 0
+    assert len(trained) == 17  # the screen takes 15
+
+
+def test_what_was_made_before_an_interruption_is_shown(execute, trained, tmp_path, monkeypatch):
+    make = Campaign.make
+
+    def make_two(self, run):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return make(self, run)
+
+    monkeypatch.setattr(Campaign, "make", make_two)
+    assert execute("screen") == 130
+    assert len(json.loads((tmp_path / "runs" / "results" / "runs.json").read_text(encoding="utf-8"))) == 2
 
 
 def test_a_trial_is_never_published(execute):
@@ -382,6 +455,12 @@ def test_a_failed_or_foreign_seed_is_named_instead_of_published(execute, trained
     arguments = ["seeds", "--publish", "--seeds", "2", "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(command.report, "publish", lambda first, others: None)
     assert command.main(arguments) == 0
+    path = page.RESULTS / page.RECORDS_NAME
+    first, second = page.published()
+    path.write_text(json.dumps([{**first, "wall_seconds": 61.0}, second]), encoding="utf-8")  # of another machine
+    assert command.main(arguments) == 2
+    assert "for want of the weights and curves of seeds-64-recipe-seed100:" in capsys.readouterr().err
+    path.write_text(json.dumps([first, second]), encoding="utf-8")
     (tmp_path / "runs" / "seeds-64-recipe-seed101").rename(tmp_path / "elsewhere")
     assert command.main(arguments) == 2
     assert "for want of the weights and curves of seeds-64-recipe-seed101" in capsys.readouterr().err
@@ -394,13 +473,26 @@ def test_only_the_recipe_replaces_the_published_results(execute, trained, tmp_pa
     assert not trained
 
 
+def test_runs_on_other_images_are_not_published(execute, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.report, "RECIPE_TRAIN_IMAGES", 50_000)
+    arguments = ["ablations", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    words = "runs on toy images cannot be published, because it has 60 train images, not 50,000: leave out --publish"
+    assert command.main([*arguments, "--publish"]) == 2
+    assert words in capsys.readouterr().err
+    assert not trained
+    assert command.main(arguments) == 0
+    assert command.main(["table", *arguments[3:], "--publish"]) == 2
+    assert words in capsys.readouterr().err
+    assert not page.RESULTS.exists()
+
+
 def test_records_published_meanwhile_are_kept(execute, trained, tmp_path, monkeypatch):
     arguments = ["ablations", "--publish", "--seeds", "1"]
     assert command.main([*arguments, "--runs", str(tmp_path / "there")]) == 0
     there = (page.RESULTS / page.RECORDS_NAME).read_bytes()
     (page.RESULTS / page.RECORDS_NAME).write_text("[]", encoding="utf-8")
 
-    def work(self, runs, budget_minutes):
+    def work(self, runs, deadline):
         (page.RESULTS / page.RECORDS_NAME).write_bytes(there)
         return 0
 
@@ -443,7 +535,8 @@ def test_pairs_made_on_different_machines_are_counted():
         about = {"stage": "ablations", "status": "done", "config": {"width": 64}, "split": "test", "shows": ""}
         return {**about, "variant": variant, "seed": seed, "device": device, **measured}
 
-    measured = {"train_images": 9, "test_images": 9, "test_accuracy": 90, "test_accuracy_tta": 90, "test_loss": 1}
+    measured = {"test_accuracy": 90, "test_accuracy_tta": 90, "test_loss": 1}
+    measured |= {"data": "toy images", "train_images": 9, "test_images": 9}
     records = [made_on("GPU", "recipe", 100), made_on("CPU", "recipe", 101)]
     records += [made_on("GPU", name, seed) for name in ("no flip", "no EMA") for seed in (100, 101)]
     assert "The two runs of 2 of 4 pairs were made on different machines." in page.variants_section(

@@ -27,9 +27,14 @@ help:
 
 setup: $(READY)
 
+# tarfile's extraction filter needs 3.11.4.
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11, 4) or sys.exit("Python 3.11.4 or newer is needed, this is %d.%d.%d: make PYTHON=python3.12 ..." % sys.version_info[:3])
+
+# What a failed set-up left, perhaps with another Python, is cleared; a finished one is only brought up to date.
 $(READY): requirements.txt
+	@$(PYTHON) -c '$(NEW_ENOUGH)'
 	@echo "Setting up $(VENV): about 2 minutes and 6 GB the first time"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $(READY)
@@ -58,15 +63,16 @@ fuzz: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.speed
 
-# Runs each candidate, since pyenv provides a command even for versions that are not active.
-first_that_runs = $(shell for python in $(1) $(PYTHON); do $$python -c '' 2>/dev/null && echo $$python && break; done)
+# The wanted Python, or PYTHON. Runs it, since pyenv provides a command even for versions that are not active.
+wanted_or_own = $(shell if $(1) -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $(1); else echo $(PYTHON); fi)
 
 .venv-oldest/.ready: WANTED := python3.11
 .venv-colab/.ready: WANTED := python3.13
 .venv-%/.ready: requirements.txt constraints/%.txt
-	@echo "Setting up .venv-$* with constraints/$*.txt: about 4 minutes and 6 GB the first time"
-	@python=$(call first_that_runs,$(WANTED)); [ "$$python" = $(WANTED) ] || \
-		echo "no $(WANTED) here: using $$($$python --version) instead"; $$python -m venv .venv-$*
+	@python=$(call wanted_or_own,$(WANTED)); $$python -c '$(NEW_ENOUGH)' || exit 1; [ "$$python" = $(WANTED) ] || \
+		echo "no $(WANTED) here that is new enough: using $$($$python --version) instead"; \
+		echo "Setting up .venv-$* with constraints/$*.txt: about 4 minutes and 6 GB the first time"; \
+		$$python -m venv $(if $(wildcard $@),,--clear) .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
 	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -c constraints/$*.txt
 	@touch $@

@@ -84,6 +84,7 @@ def test_a_config_is_frozen_and_plain_json():
             "ghost_batch is 1: the statistics of a group need at least 2 images; the usual groups are 32",
         ),
         (dict(lr_rule="guess"), "lr_rule is 'guess': it should be 'steepest-minimum', "),
+        (dict(peak_epoch=0), "peak_epoch is 0"),
         (dict(epochs=None), "epochs is None: it should be a valid integer"),
         (dict(epochs=5), "epochs is 5: the LR peaks at epoch 5 .* train for at least 6 epochs or lower peak_epoch"),
         (dict(lr_max=0.1), "lr_min is None and lr_max is 0.1: give both to skip the range test, or neither"),

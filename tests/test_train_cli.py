@@ -17,13 +17,6 @@ from utils.runs.weights import WEIGHTS_NAME, load_model
 from utils.runtime import PROJECT_ROOT, write_atomically
 
 
-@pytest.fixture(autouse=True)
-def _threads_put_back():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny(toy, monkeypatch):
     shrink(toy, monkeypatch.setattr)
@@ -60,18 +53,13 @@ def test_flags_reach_the_config():
     ("flags", "words"),
     [
         ("--batch-size 0", "batch_size is 0: it should be greater than or equal to 1"),
-        ("--batch-size 41", "batch_size is 41: it is larger than the train set of 40 images"),
-        ("--epochs 1", "epochs is 1: the LR peaks at epoch 1"),
-        ("--peak-epoch 0", "peak_epoch is 0"),
-        ("--lr-max 1e-4", "lr_min is 0.001: it must be below lr_max"),
-        ("--range-test-steps 5", "range_test_steps is 5"),
-        ("--seed -1", "seed is -1"),
-        ("--num-workers -1", "num_workers is -1"),
         ("--device tpu", "device is 'tpu'"),
-        ("--precision fp16", "precision is 'fp16' on a CPU"),
         ("--threads 0", "threads is 0: choose between 1 and"),
-        ("--threads 100000", "threads is 100000: choose between 1 and"),
         ("--train-images 5000 --batch-size 100", "batch_size is 100, but there are only 60 images: lower it to 60"),
+        (
+            "--publish",
+            "this run cannot be published in Results/, because it uses a profile or subset other than the full",
+        ),
     ],
 )
 @pytest.mark.usefixtures("tiny")
@@ -123,6 +111,17 @@ def test_a_run_with_a_range_test_ends_with_a_summary_in_one_line(tmp_path, capsy
     assert metrics["lr_rule"] == "onset-minimum"
     assert (tmp_path / "run" / WEIGHTS_NAME).exists()
     assert (tmp_path / "run" / report.LOG_NAME).exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_only_a_run_that_asks_for_it_is_published(tmp_path, capsys, monkeypatch):
+    published = []
+    monkeypatch.setattr(report, "check_publishable", lambda config, dataset: None)
+    monkeypatch.setattr(report, "publish", published.append)
+    assert train.main(arguments(tmp_path / "private")) == 0
+    assert train.main(arguments(tmp_path / "run", "--publish")) == 0
+    assert published == [tmp_path / "run"]
+    assert capsys.readouterr().out.endswith(f"results in {report.RESULTS}\n")
 
 
 @pytest.mark.usefixtures("tiny")

@@ -26,7 +26,7 @@ IMPORT_NAMES = {
     "scikit-learn": "sklearn",
 }
 # Needed for `make run`, `make lab` and the checks, not by the notebook.
-FOR_MAKE = {"jupyter", "nbformat", "nbclient", "nbval", "pytest", "pytest-timeout", "hypothesis", "ruff"}
+FOR_MAKE = {"jupyter", "nbformat", "nbclient", "nbval", "pytest", "pytest-timeout", "hypothesis", "scipy", "ruff"}
 
 
 def on_colab() -> bool:

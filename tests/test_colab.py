@@ -1,6 +1,5 @@
 """A notebook opened without its project sets itself up, and requirements.txt names what the code imports."""
 
-import ast
 import importlib.metadata
 import os
 import subprocess
@@ -12,6 +11,7 @@ import nbformat
 import pytest
 from packaging.requirements import Requirement
 
+from tests.test_imports import imported
 from utils import colab
 
 ROOT = colab.ROOT
@@ -153,15 +153,9 @@ def test_every_package_that_is_imported_is_named():
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not files:
         pytest.skip("needs git to list the project's files")
-    imported = set()
-    for file in files:
-        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                imported.add(node.module.split(".")[0])
+    packages = {name.split(".")[0] for file in files for name in imported(ROOT / file)}
     ours = {Path(file).parts[0].removesuffix(".py") for file in files} | {Path(file).stem for file in files}
-    foreign = imported - set(sys.stdlib_module_names) - ours - {"google", "pydantic_core"}  # Colab's; pydantic's
+    foreign = packages - set(sys.stdlib_module_names) - ours - {"google", "pydantic_core"}  # Colab's; pydantic's
     named = {colab.IMPORT_NAMES.get(line.name, line.name.replace("-", "_")) for line in colab.read_requirements()}
     assert foreign - named == set()
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -39,23 +40,25 @@ FILES = sorted(
 )
 
 
+def imported(path) -> Iterator[str]:
+    """The full names of what a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def own_imports(path) -> set[str]:
     """The modules of this project that a file imports, by their names in ``ORDER``."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} line {node.lineno}: a relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            top, *rest = name.split(".")
-            if top == "utils" and rest:
-                found.add(".".join(rest[:2]) if rest[0] == "runs" else rest[0])
-            elif top in {"models", "experiments", "benchmarks", "tests", *SCRIPTS}:
-                found.add(top)
+    for name in imported(path):
+        top, *rest = name.split(".")
+        if top == "utils" and rest:
+            found.add(".".join(rest[:2]) if rest[0] == "runs" else rest[0])
+        elif top in {"models", "experiments", "benchmarks", "tests", *SCRIPTS}:
+            found.add(top)
     return found
 
 

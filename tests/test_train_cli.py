@@ -63,7 +63,10 @@ def test_flags_reach_the_config():
     ],
 )
 @pytest.mark.usefixtures("tiny")
-def test_a_wrong_setting_is_named_with_exit_code_2_before_anything_is_computed(tmp_path, capsys, flags, words):
+def test_a_wrong_setting_is_named_with_exit_code_2_before_anything_is_computed(
+    tmp_path, capsys, flags, words, monkeypatch
+):
+    monkeypatch.setattr(report, "publish", lambda run_dir: pytest.fail("published"))
     assert train.main(arguments(tmp_path / "run", *flags.split())) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"train.py: {words}")

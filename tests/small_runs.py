@@ -17,7 +17,7 @@ from utils import engine
 from utils.config import Config
 from utils.dataset import ImageDataset
 from utils.runs import figures, folder
-from utils.runs.checkpoint import Checkpoint, decode
+from utils.runs.checkpoint import Checkpoint, CheckpointError, decode
 from utils.runs.folder import NEWEST, PREVIOUS, RunFolder
 from utils.runs.weights import WEIGHTS_NAME
 
@@ -69,8 +69,11 @@ def shrink(dataset: ImageDataset, replace: Callable = setattr) -> None:
 
 
 def epochs_kept(run_dir: Path) -> int:
-    """How many epochs the newest checkpoint holds."""
-    return decode(run_dir / NEWEST).epochs
+    """How many epochs the newest checkpoint holds, also while it is being replaced."""
+    try:
+        return decode(run_dir / NEWEST).epochs
+    except CheckpointError:  # between the two renames of a save
+        return decode(run_dir / PREVIOUS).epochs
 
 
 def outcome(run_dir: Path) -> dict:
@@ -95,6 +98,16 @@ def small_checkpoint(epochs: int, run_id: str = "this-run") -> Checkpoint:
     """A checkpoint without a network."""
     record = {"run_id": run_id, "lr_range": {"lr_max": 0.0125}}
     return Checkpoint(run_id, epochs, record, {"weights": torch.full((50,), float(epochs))})
+
+
+class Payload:
+    """Pickles into a call that leaves a trace, a folder."""
+
+    def __init__(self, trace: str | Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
 
 
 # --- in another process ---------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Resuming is exact after a kill at any moment; files of other runs are refused; nothing is unpickled."""
 
 import hashlib
-import os
 import pickle
 import signal
+import types
 from functools import partial
 
 import pytest
@@ -13,6 +13,7 @@ from tests.small_runs import (
     EPOCHS,
     KILLED,
     STEPS,
+    Payload,
     RunProcess,
     arguments,
     at_step,
@@ -168,6 +169,20 @@ def test_no_results_are_written_of_a_run_that_is_not_finished(tmp_path, job, int
     assert not is_finished(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("seconds", "saves"), [(10.0, 1), (0.0, EPOCHS)])
+def test_a_gpu_saves_now_and_then_and_after_the_last_epoch(tmp_path, job, monkeypatch, seconds, saves):
+    """A CPU's run believes it is on a GPU; its epochs take far less than 10 seconds."""
+    written, save = [], RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda self, checkpoint: (written.append(self), save(self, checkpoint)))
+    monkeypatch.setattr("utils.runs.job.SAVE_SECONDS_ON_GPU", seconds)
+    with job() as first:
+        first.find_range()
+        first.device = types.SimpleNamespace(type="cuda")
+        first.fit()
+    assert len(written) == saves
+    assert epochs_kept(tmp_path / "run") == EPOCHS
+
+
 def test_a_run_stopped_while_it_draws_is_not_finished(tmp_path, job, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
@@ -250,16 +265,6 @@ def test_a_first_line_from_another_checkpoint_is_noticed(tmp_path):
 
 
 # --- code in a file ---------------------------------------------------------------------------------------------------
-
-
-class Payload:
-    """Pickles into a call that leaves a trace."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import CustomResNet
-from tests.small_runs import TinyNet
+from tests.small_runs import Payload, TinyNet
 from utils import engine
 from utils.config import Config
 from utils.runs.weights import HEADER_KEY, WeightsError, load_model, save_weights
@@ -124,18 +124,11 @@ def test_weights_that_float16_cannot_hold_are_refused_and_the_file_there_stays(p
     assert path.read_bytes() == before
 
 
-class Payload:
-    """Pickles into a call that leaves a trace."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: path.write_bytes(pickle.dumps(Payload())), "refused, since they can run code"),
-        (lambda path: torch.save({"fc.weight": Payload()}, path), "refused, since they can run code"),
+        (lambda path: path.write_bytes(pickle.dumps(Payload("executed"))), "refused, since they can run code"),
+        (lambda path: torch.save({"fc.weight": Payload("executed")}, path), "refused, since they can run code"),
         (lambda path: path.write_bytes(b""), "not a complete safetensors file"),
         (lambda path: path.mkdir(), "is not a file: name the weights file itself"),
         (os.mkfifo, "is not a file"),

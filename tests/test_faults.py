@@ -38,7 +38,6 @@ from utils.runs.machine import CompileError, LoaderError, OutOfMemoryError, expl
 from utils.runs.weights import WEIGHTS_NAME
 from utils.runtime import PROJECT_ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the faults are caused by POSIX means")
 LOADER = ("--pipeline", "albumentations", "--num-workers", "1")
 
 
@@ -46,7 +45,6 @@ LOADER = ("--pipeline", "albumentations", "--num-workers", "1")
 def run(toy, monkeypatch, capsys):
     """``run(argv)`` -> (exit code, train.py's own lines on stderr, stdout), with the tiny network."""
     shrink(toy, monkeypatch.setattr)
-    threads = torch.get_num_threads()
 
     def run(argv):
         code = train.main(argv)
@@ -55,8 +53,7 @@ def run(toy, monkeypatch, capsys):
         messages = [line for line in captured.err.splitlines() if line.startswith("train.py:")]
         return code, messages, captured.out
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture
@@ -389,12 +386,8 @@ def _die_once_a_loader_waits():
 
 
 def test_an_interrupt_in_the_first_epoch_says_that_the_start_is_kept(tmp_path, run, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
-    try:
-        at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch.setattr)
-        code, messages, _ = run(arguments(tmp_path / "run"))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    at_step(1, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch.setattr)
+    code, messages, _ = run(arguments(tmp_path / "run"))
     assert code == 130
     kept = f"the start of the run is kept in {tmp_path / 'run'}, but no epoch yet"
     assert f"interrupted; {kept}: add --resume" in messages[0]

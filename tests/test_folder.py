@@ -173,9 +173,8 @@ def test_a_run_whose_lock_was_deleted_never_saves_over_another(tmp_path, toy, lo
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 mine.save(small_checkpoint(2))
-            assert [str(warning.message) for warning in caught if lost == "the folder"] == [
-                f"{run_dir} was deleted during the run: it is created again, with the checkpoint after epoch 2"
-            ] * len(caught)
+            words = f"{run_dir} was deleted during the run: it is created again, with the checkpoint after epoch 2"
+            assert [str(warning.message) for warning in caught] == [words] * (lost == "the folder")
             assert decode(mine.checkpoint).epochs == 2
             return
         for path in run_dir.glob("*.pt"):

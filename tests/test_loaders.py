@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import signal
-import sys
 import time
 
 import numpy as np
@@ -189,7 +188,6 @@ def test_an_abandoned_pass_does_not_change_the_next(noise):
     assert torch.equal(epoch_of(loader)[0], epoch_of(whole)[0])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the process is killed by POSIX means")
 def test_a_loader_process_that_dies_is_noticed_where_its_batch_is_awaited(noise):
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(make_loader("albumentations", *noise, 1, num_workers=1))

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 import run_notebook
+from experiments import page
 from utils.runs import report
 
 ROOT = Path(run_notebook.__file__).resolve().parent
@@ -131,7 +132,7 @@ def test_every_figure_is_explained_below_it(notebook):
     assert len(drawn) > 10
     for index in drawn:
         text = next(cell.source for cell in cells[index + 1 :] if cell.cell_type == "markdown")
-        assert "**What to see.**" in text or index == len(cells), cells[index].source
+        assert "**What to see.**" in text, cells[index].source
 
 
 def test_a_number_in_the_text_has_a_source_or_a_check(notebook):
@@ -171,6 +172,9 @@ def test_its_stored_outputs_are_the_published_run(notebook):
     blocks = report.readme_blocks(metrics)
     assert blocks["headline"] in shown
     assert blocks["comparison"] in shown
+    records = page.comparable(page.published())
+    for stage in ("confirm", "ablations"):
+        assert page.variants_section(records, stage) in shown
 
 
 def test_the_exercises_answers_run(notebook):

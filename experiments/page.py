@@ -401,7 +401,7 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
     if plain:
         about.append("Differences are paired by seed.")
     if mixed := _mixed_pairs(done, stage):
-        about.append(f"The two runs of {mixed} pairs were made on different machines.")
+        about.append(f"In {mixed} pairs the two runs were made on different machines.")
     if any(effect.error is None for effect in plain.values()):
         about.append(
             "One from a single pair has no standard error: equal runs, too, differ by a few tenths of a point."

@@ -539,7 +539,7 @@ def test_pairs_made_on_different_machines_are_counted():
     measured |= {"data": "toy images", "train_images": 9, "test_images": 9}
     records = [made_on("GPU", "recipe", 100), made_on("CPU", "recipe", 101)]
     records += [made_on("GPU", name, seed) for name in ("no flip", "no EMA") for seed in (100, 101)]
-    assert "The two runs of 2 of 4 pairs were made on different machines." in page.variants_section(
+    assert "In 2 of 4 pairs the two runs were made on different machines." in page.variants_section(
         records, "ablations"
     )
     assert "different machines" not in page.variants_section(records[::2], "ablations")

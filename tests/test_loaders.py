@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from utils.config import Config, quick
 from utils.dataset import ImageDataset
@@ -188,8 +190,21 @@ def test_an_abandoned_pass_does_not_change_the_next(noise):
     assert torch.equal(epoch_of(loader)[0], epoch_of(whole)[0])
 
 
-def test_a_loader_process_that_dies_is_noticed_where_its_batch_is_awaited(noise):
+@pytest.fixture
+def child_handler(monkeypatch):
+    """``child_handler(handler)`` sets the one of SIGCHLD; the one before the test comes back."""
     before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # torch sets its own once in a process
+    yield lambda handler: signal.signal(signal.SIGCHLD, handler)
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("another_loader_before", [False, True])
+def test_a_loader_process_that_dies_is_noticed_where_its_batch_is_awaited(noise, child_handler, another_loader_before):
+    child_handler(signal.SIG_DFL)
+    if another_loader_before:
+        list(DataLoader(range(2), num_workers=1))
+        assert signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL
     batches = iter(make_loader("albumentations", *noise, 1, num_workers=1))
     next(batches)
     loader = next(child for child in multiprocessing.active_children() if child.daemon)
@@ -197,7 +212,12 @@ def test_a_loader_process_that_dies_is_noticed_where_its_batch_is_awaited(noise)
     time.sleep(0.5)  # whatever the program does meanwhile goes on undisturbed
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         list(batches)
-    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_a_program_s_own_handler_of_ended_children_stays(noise, child_handler):
+    child_handler(own := lambda number, frame: None)
+    list(make_loader("albumentations", *noise, 25, num_workers=1))
+    assert signal.getsignal(signal.SIGCHLD) is own
 
 
 # SHA-256 of the first two batches of two epochs, recorded when the published run was trained: a seed must keep its

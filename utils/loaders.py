@@ -169,7 +169,7 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept():
+def _without_torch_handler():
     """Undo what starting loader processes does to SIGCHLD: torch sets a handler that raises when one of them dies.
 
     It would raise wherever this process is: in a destructor, or while another error is being explained. Without it
@@ -179,10 +179,12 @@ def _signal_handlers_kept():
         yield
         return
     handler = signal.getsignal(signal.SIGCHLD)
+    if handler is None or getattr(handler, "__module__", "").startswith("torch."):  # of another DataLoader
+        handler = signal.SIG_DFL
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class AlbumentationsLoader(DataLoader):
@@ -238,7 +240,7 @@ class AlbumentationsLoader(DataLoader):
         self.generator.manual_seed(seed)  # for the order, and for the seeds of the loader processes
         if self.num_workers == 0:
             self.dataset.transform.set_random_seed(seed % 2**32)
-        with _signal_handlers_kept():
+        with _without_torch_handler():
             batches = super().__iter__()
         for images, labels in batches:
             images = images[self.rows].to(self.device, non_blocking=True)

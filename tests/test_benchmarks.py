@@ -103,11 +103,11 @@ def test_a_row_measures_what_its_name_says(monkeypatch):
     monkeypatch.setattr(workloads, "evaluate", lambda *args, precision, tta: seen.append(f"tta {tta}"))
     monkeypatch.setattr(reference, "make_model", lambda padding, width: seen.append(padding) or torch.nn.Linear(1, 1))
 
-    def start(model, config, *lrs, precision):
+    def start(model, config, lr_min, lr_max, steps, precision):
         seen.append(f"{precision.name}, compile {config.compile}")
         return types.SimpleNamespace(tested_model=model)
 
-    monkeypatch.setattr(workloads, "start", lambda *args: start(*args[:-1], precision=args[-1]))
+    monkeypatch.setattr(workloads, "start", start)
 
     def found(row):
         seen.clear()

@@ -147,6 +147,11 @@ class Config:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
+def with_defaults(saved: dict) -> dict:
+    """``saved``, from an earlier ``Config.to_dict()``, completed: a setting it lacks is newer and had its default."""
+    return {**Config().to_dict(), **saved}
+
+
 def full(**changes) -> Config:
     """The recipe: all images, 24 epochs, batch 512, with ``changes`` to single settings."""
     return Config(**changes)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.config import Config
+from utils.config import Config, with_defaults
 from utils.engine import History, TrainState
 from utils.runtime import Session10Error, rng_states, set_rng_states
 
@@ -181,9 +181,9 @@ def _parse_header(path: Path, line: bytes) -> Header:
 def differences(saved: dict, config: Config) -> list[str]:
     """Where ``saved``, from an earlier ``Config.to_dict()``, differs from ``config``, in words.
 
-    A setting missing from ``saved`` is newer than that run, which therefore had its default.
+    A setting missing from ``saved`` had its default (see ``with_defaults``).
     """
-    saved, here = {**Config().to_dict(), **saved}, config.to_dict()
+    saved, here = with_defaults(saved), config.to_dict()
     return [f"{name} {saved[name]!r} there, {here[name]!r} here" for name in here if saved[name] != here[name]]
 
 

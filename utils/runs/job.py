@@ -25,7 +25,7 @@ from models.packed import pack_small_maps
 from models.variants import init_patches
 from utils import engine, lr_finder, plotting, runtime
 from utils.analysis import Predictions
-from utils.config import Config
+from utils.config import Config, with_defaults
 from utils.dataset import ImageDataset
 from utils.loaders import make_loaders
 from utils.lr_finder import LRRange
@@ -192,7 +192,7 @@ class Job:
         moved = [f"{old} then, {new} now" for old, new in zip(there, here) if old != new]
         if record["world"] != self.ranks.world:
             moved.append(f"{record['world']} processes then, {self.ranks.world} now")
-        config, here = Config().to_dict() | record["config"], self.config.to_dict()  # an older run lacks newer settings
+        config, here = with_defaults(record["config"]), self.config.to_dict()
         # The batched pipeline has no workers whose number could matter.
         names = OF_THE_MACHINE if self.config.pipeline == "albumentations" else ("compile",)
         moved += [f"{name} {config[name]} then, {here[name]} now" for name in names if config[name] != here[name]]

@@ -26,7 +26,7 @@ from torchsummary import summary
 from models import CustomResNet
 from utils import runtime
 from utils.analysis import Predictions, per_class_accuracy, predict
-from utils.config import Config, full
+from utils.config import Config, full, with_defaults
 from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, ImageDataset
 from utils.engine import History
 from utils.loaders import BatchedLoader
@@ -267,8 +267,7 @@ def publish(run_dir: str | os.PathLike, others: Iterable[str | os.PathLike] = ()
     """
     folders = [Path(run_dir), *others]
     runs = [read_metrics(folder) for folder in folders]
-    defaults = Config().to_dict()  # of settings that are newer than a run
-    settings = [{**defaults, **run["config"], "seed": None, "data": run["data"]} for run in runs]
+    settings = [{**with_defaults(run["config"]), "seed": None, "data": run["data"]} for run in runs]
     for folder, other in zip(folders, settings):
         if other != settings[0]:
             names = [name for name in {**settings[0], **other} if other.get(name) != settings[0].get(name)]
@@ -319,7 +318,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], alig
 def training_log(metrics: dict) -> str:
     """training_logs.md: hardware, versions and data of the run, then every epoch."""
     history = History(**metrics["history"])
-    config = Config().to_dict() | metrics["config"]  # an older run lacks newer settings
+    config = with_defaults(metrics["config"])
     tested = "the averaged weights" if config["ema_decay"] else "the weights at the end of the epoch"
     lines = [
         "# Training logs",
@@ -381,7 +380,7 @@ def readme_blocks(metrics: dict) -> dict[str, str]:
     plain = spread(metrics["mean_accuracy"], metrics["std_accuracy"], count)
     mirrored = spread(metrics["mean_accuracy_tta"], metrics["std_accuracy_tta"], count)
     classes = metrics["per_class_accuracy"]
-    config = Config().to_dict() | metrics["config"]  # an older run lacks newer settings
+    config = with_defaults(metrics["config"])
     factors = {"LRMIN": config["lr_min_factor"], "LRMAX": config["lr_max_factor"]}
     times = [f", {name} times {factor:g}" for name, factor in factors.items() if factor != 1]
     rows = [

@@ -47,9 +47,9 @@ def mistakes(count: int, answer: str = "cat") -> Figure:
     return plotting.misclassified(PICTURES[:count], [answer] * count, ["dog"] * count, [0.97] * count, [0.015] * count)
 
 
-def range_test() -> Figure:
+def range_test(lr_min: float = 3.5e-4, lr_max: float = 3.4e-3) -> Figure:
     losses = 2.3 - 0.7 / (1 + np.exp(-(np.log10(LRS) + 3.4) * 2)) + np.maximum(np.log10(LRS) + 2.3, 0) ** 2
-    return plotting.lr_range_test(LRS, losses, losses, SUGGESTIONS, 3.5e-4, 3.4e-3)
+    return plotting.lr_range_test(LRS, losses, losses, SUGGESTIONS, lr_min, lr_max)
 
 
 def cycle(epochs: int, peak: int) -> Figure:
@@ -94,6 +94,7 @@ FIGURES = {
     "confusion, long names": lambda: heatmap(LONG),
     "confusion, many classes": lambda: heatmap(LONG * 17),
     "range test": range_test,
+    "range test, wide range": lambda: range_test(LRS[3], LRS[-3]),
     "cycle, published": lambda: cycle(24, 5),
     "cycle, quick": lambda: cycle(6, 2),
     "cycle, late peak": lambda: cycle(6, 5),
@@ -200,6 +201,17 @@ def test_range_test_marks_every_rule_in_its_own_row_and_those_in_use_in_red():
         assert (line.get_color() == plotting.RED) == (name in ("steepest", "minimum"))
     heights = [rules.transData.transform(line.get_xydata())[0, 1] for line in markers]
     assert np.diff(np.sort(heights)).min() > markers[0].get_markersize() * figure.dpi / 72  # no marker hides another
+
+
+@pytest.mark.parametrize(("low", "high"), [(7e-6, 1.4e-1), (4.8e-6, 3.4e-3), (LRS[0], LRS[-1])])
+def test_the_names_of_the_range_stay_on_their_axis(low, high):
+    figure = range_test(low, high)
+    axis = figure.axes[0]
+    figure.draw_without_rendering()
+    within = axis.get_window_extent()
+    for text in axis.texts:
+        box = text.get_window_extent()
+        assert within.x0 < box.x0 < box.x1 < within.x1, text.get_text()
 
 
 @pytest.mark.parametrize(("epochs", "peak"), [(24, 5), (6, 2), (6, 5)])

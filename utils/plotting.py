@@ -247,8 +247,10 @@ def lr_range_test(
         each.axvspan(lr_min, lr_max, color=BLUE, alpha=0.10, lw=0)
         each.axvline(lr_min, color=BLUE, lw=1, ls="--")
         each.axvline(lr_max, color=BLUE, lw=1, ls="--")
-    _note(axis, f"LRMIN {lr_min:.1e}", (lr_min, top), (-5, -4), BLUE, ha="right", va="top")
-    _note(axis, f"LRMAX {lr_max:.1e}", (lr_max, top), (5, -4), BLUE, ha="left", va="top")
+    near_left, near_right = np.log([lr_min / lrs[0], lrs[-1] / lr_max]) < 0.14 * np.log(lrs[-1] / lrs[0])
+    for name, lr, on_left in (("LRMIN", lr_min, not near_left), ("LRMAX", lr_max, near_right)):
+        side, offset = ("right", -5) if on_left else ("left", 5)  # outside the range, where the axis leaves room
+        _note(axis, f"{name} {lr:.1e}", (lr, top), (offset, -4), BLUE, ha=side, va="top")
     for row, lr in enumerate(suggestions.values()):
         in_use = np.isclose(lr, (lr_min, lr_max)).any()
         marker = {

@@ -149,11 +149,9 @@ class Job:
         config, dataset = self.config, self.dataset
         machine.check_compile(config.compile, self.device)
         runtime.seed_everything(config.seed, config.deterministic)
-        loaders = functools.partial(make_loaders, dataset, config, self.device, self.precision.dtype)
-        self.train_loader, self.test_loader = loaders(rank=self.ranks.rank, world=self.ranks.world)
-        self._whole_train_loader = self.train_loader
-        if self.ranks.world > 1 and self.ranks.is_first:  # rank 0 alone runs the range test
-            self._whole_train_loader, _ = loaders()
+        self.train_loader, self.test_loader = make_loaders(
+            dataset, config, self.device, self.precision.dtype, self.ranks.rank, self.ranks.world
+        )
         # Before the range test, so with its ends in place of LRMIN and LRMAX: the lengths are what is checked here.
         ends = (config.range_test_start, config.range_test_end)
         check_cycle(*ends, config.epochs, config.peak_epoch, len(self.train_loader))
@@ -218,7 +216,10 @@ class Job:
         if self._record is None:
             if self.ranks.is_first:
                 began = time.perf_counter()
-                found = lr_finder.find_range(self.model, self._whole_train_loader, self.config, self.precision)
+                loader = self.train_loader
+                if self.ranks.world > 1:  # rank 0 alone runs the range test, on whole batches
+                    loader, _ = make_loaders(self.dataset, self.config, self.device, self.precision.dtype)
+                found = lr_finder.find_range(self.model, loader, self.config, self.precision)
                 seconds = time.perf_counter() - began
                 self._record = report.run_record(
                     self.config, found, seconds, self.dataset, self.precision, self.ranks.world

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import signal
 import types
 from functools import partial
@@ -152,6 +153,21 @@ def test_a_cell_run_again_after_its_first_save_failed_saves_the_untrained_networ
         assert epochs_kept(tmp_path / "full") == 0
         again.fit()
     assert identical(again.state.model.state_dict(), expected.state.model.state_dict())
+
+
+def test_a_trained_network_never_becomes_epoch_0_of_a_run_whose_folder_was_deleted(tmp_path, job, monkeypatch):
+    with job() as interrupted:
+
+        def delete_and_interrupt():
+            shutil.rmtree(tmp_path / "run")
+            signal.raise_signal(signal.SIGINT)
+
+        at_step(2, delete_and_interrupt, monkeypatch.setattr)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit()
+        with pytest.raises(CheckpointError, match="was deleted during the run"):
+            interrupted.fit()
+    assert not (tmp_path / "run" / NEWEST).exists()
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

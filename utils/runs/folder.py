@@ -116,13 +116,18 @@ class RunFolder:
         """The newest intact checkpoint, or None if there is none; warns if the newest one is damaged.
 
         Raises:
-            CheckpointError: none is intact, or one cannot be read.
+            CheckpointError: none is intact, one cannot be read, or the one that was saved or loaded before is gone.
         """
         found, problems = newest_intact(self.path)
         if found is None:
             if problems:
                 raise CheckpointError(
                     f"{'; '.join(problems)}. No intact checkpoint is left: delete {self.path} and start again"
+                )
+            if self.saved_epochs is not None:  # whoever asks again has trained meanwhile, and cannot start over
+                raise CheckpointError(
+                    f"the checkpoint of epoch {self.saved_epochs} in {self.path} was deleted during the run: start a new "
+                    "process, or restart the notebook's kernel, to begin again"
                 )
             return None
         self.saved_epochs = found.epochs

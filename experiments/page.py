@@ -280,7 +280,7 @@ def ablations_figure(records: Sequence[dict]) -> Figure:
         [f"{effect.name} (n = {effect.count})" for effect in found],
         found,
         title=f"Ablations at width {width}: test accuracy without one part of the recipe",
-        xlabel="points of test accuracy to the recipe: each seed (grey), mean with its standard error",
+        xlabel="points of test accuracy compared with the recipe (grey: each seed; bar: standard error)",
     )
 
 
@@ -404,7 +404,7 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
         about.append(f"In {mixed} pairs the two runs were made on different machines.")
     if any(effect.error is None for effect in plain.values()):
         about.append(
-            "One from a single pair has no standard error: equal runs, too, differ by a few tenths of a point."
+            "A difference from a single pair has no standard error, and equal runs also differ by a few tenths of a point."
         )
     if stage == "ablations" and (missing := [name for name in planned if name not in shows]):
         about.append(f"Still to be made: {', '.join(missing)}.")

@@ -524,7 +524,7 @@ def test_the_readme_shows_what_is_finished(execute, trained, tmp_path):
     measured = f"{one:.2f} | {one + 0.4:.2f} | {5 - one / 20:.4f}"
     assert f"| no cutout | 1 | {measured} | -0.50 | -0.50 | what cutout buys |" in text
     assert "(experiments/results/ablations.png)" in text
-    assert "Differences are paired by seed. One from a single pair has no standard error" in text
+    assert "Differences are paired by seed. A difference from a single pair has no standard error" in text
     assert "Still to be made" not in text
     assert page.variants_section(page.comparable(page.published())[:3], "ablations").count("Still to be made: ") == 1
     assert "screen.png" not in text

@@ -52,7 +52,8 @@ class Config:
     norm_momentum: Fraction = 0.1  # how far batch norm's running statistics move per step
     # Batch norm over groups of this many images, whose noise regularizes a little; 0: over the whole batch.
     ghost_batch: Annotated[int, Field(ge=0)] = 64
-    # "patches": the first filters are computed from patches of the train images, so they need not be learned.
+    # "patches": the first filters are computed from patches of the train images, and the other convolutions start near
+    # the identity (see models/variants.py).
     init: Literal["default", "patches"] = "patches"
 
     # --- optimizer: Adam ----------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def ablations_figure(records: Sequence[dict]) -> Figure:
         [f"{effect.name} (n = {effect.count})" for effect in found],
         found,
         title=f"Ablations at width {width}: test accuracy without one part of the recipe",
-        xlabel="points of test accuracy compared with the recipe (grey: each seed; bar: standard error)",
+        xlabel="difference to the recipe in points (grey: each seed; bar: standard error)",
     )
 
 

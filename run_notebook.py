@@ -21,6 +21,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -114,7 +115,7 @@ def settings_from_environment() -> dict:
     return {
         "profile": profile,
         "config": configs.from_profile(profile).to_dict(),
-        "images": str(Path(folder).expanduser().resolve()) if folder else "",
+        "images": str(Path(os.path.expanduser(folder)).resolve()) if folder else "",
         "source": os.environ.get("S10_SOURCE") or "auto",
     }
 
@@ -160,7 +161,7 @@ def execute(notebook, environment: dict[str, str]) -> None:
         environment: of the kernel.
 
     Raises:
-        NotebookError: a cell failed, or the kernel died; the outputs so far are in ``notebook``.
+        NotebookError: a cell failed, or the kernel died or did not start; the outputs so far are in ``notebook``.
         KeyboardInterrupt: the same after a signal.
     """
     headings = [heading_of(cell) for cell in notebook.cells]
@@ -192,12 +193,16 @@ def execute(notebook, environment: dict[str, str]) -> None:
         store_widget_state=False,
         coalesce_streams=True,  # what a cell prints arrives in pieces
     )
-    if os.name == "posix":  # sockets that only this user can reach; the kernel would warn about TCP ports
-        client.create_kernel_manager()
-        client.km.transport = "ipc"
-
     # On the main thread nbclient would answer signals itself: by killing the kernel, with what the cell has printed.
-    with asyncio.Runner() as runner, ThreadPoolExecutor(1) as pool:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        asyncio.Runner() as runner,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        if os.name == "posix":  # sockets that only this user can reach; the kernel would warn about TCP ports
+            client.create_kernel_manager()
+            client.km.transport = "ipc"
+            client.km.connection_file = os.path.join(scratch, "kernel.json")  # the sockets are beside it
         loop = runner.get_loop()
         done = pool.submit(runner.run, client.async_execute(env=environment))
 
@@ -223,6 +228,10 @@ def execute(notebook, environment: dict[str, str]) -> None:
             raise NotebookError(
                 f"the kernel died in {section!r}, often for lack of memory: close what else uses it"
             ) from error
+        except RuntimeError as error:
+            if section:
+                raise
+            raise NotebookError(f"the kernel did not start ({error}): close what else uses this machine") from error
 
 
 def wait_for(work: Future, seconds: float = math.inf) -> None:
@@ -251,6 +260,10 @@ def main(argv: list[str] | None = None) -> int:
         notebook = read(args.notebook)
         settings = settings_from_environment()
         name = os.environ.get("S10_RUN_NAME")
+        if name and args.new and (RUNS / name).exists():
+            raise configs.ConfigError(
+                f"S10_RUN_NAME is {name!r}, and its folder exists: choose another name for a new run, or leave out --new"
+            )
         folder, continues = (RUNS / name, False) if name else choose_folder(RUNS, settings, args.new)
         write_record(folder, settings, finished=False)
         say(
@@ -275,7 +288,10 @@ def main(argv: list[str] | None = None) -> int:
     def kept() -> str:
         if executed is None:
             return ""
-        return f"the notebook up to there is {executed}; run it again to continue from the last finished epoch"
+        return (
+            f"the notebook up to there is {executed}; run it again to continue from the last finished epoch, or with --new "
+            "to begin another run"
+        )
 
     return run_door("run_notebook.py", run, kept)
 

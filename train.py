@@ -25,6 +25,7 @@ from utils.lr_finder import LRRange
 from utils.runs import report
 from utils.runs.checkpoint import CheckpointError
 from utils.runs.door import run_door
+from utils.runs.folder import RunLockedError
 from utils.runs.job import Job
 from utils.runs.machine import explain_failures
 from utils.runs.ranks import join_ranks, leave_ranks
@@ -143,7 +144,7 @@ def make_config(args: argparse.Namespace) -> configs.Config:
 def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
     job: Job | None = None
-    is_refused = False  # the folder holds another run, or no usable one
+    is_refused = False  # the folder is another run's, or none that can be used
     has_diverged = False
 
     def train() -> None:
@@ -169,12 +170,15 @@ def main(argv: list[str] | None = None) -> int:
         job = Job(config, dataset, run_dir, device=device, ranks=ranks, resume=args.resume)
         try:
             job.open()
-        except CheckpointError:
+        except (CheckpointError, RunLockedError):
             is_refused = True
             raise
         with contextlib.closing(job):
             try:
                 run(job, args)
+            except RunLockedError:  # it was taken over
+                is_refused = True
+                raise
             except NonFiniteLossError:
                 has_diverged = True
                 raise

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from tests.test_imports import imported
@@ -20,7 +21,8 @@ DOWNLOAD = """
 import importlib.machinery, sys, types
 sys.modules["torch"] = torch = types.ModuleType("torch")
 torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
-torch.cuda = types.SimpleNamespace(is_available=lambda: False)
+torch.cuda = mps = types.SimpleNamespace(is_available=lambda: False)
+torch.backends = types.SimpleNamespace(mps=mps)
 """
 COLAB = (
     DOWNLOAD
@@ -130,6 +132,14 @@ def test_elsewhere_nothing_is_installed_unasked(pip, monkeypatch):
     with pytest.raises(RuntimeError, match=r"missing packages: no-such-package.*%pip install -r"):
         colab.prepare()
     assert not hasattr(pip, "command")
+
+
+@pytest.mark.parametrize(("has_mps", "words"), [(True, "Apple GPU: the quick"), (False, "No GPU: the quick")])
+def test_the_gpu_that_will_be_used_is_named(has_mps, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    monkeypatch.setattr(colab, "on_colab", lambda: False)
+    assert colab.gpu_advice().startswith(words)
 
 
 def test_drive_is_mounted_and_receives_the_checkpoints(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from utils import dataset as dataset_module
@@ -123,6 +123,7 @@ def test_a_fingerprint_is_computed_once(image_folder, project_root, monkeypatch)
     count=st.integers(1, 200),
     seed=st.integers(0, 2**31),
 )
+@example(labels=[0] * 10 + [1] * 10 + [2] * 10 + [3], count=21, seed=0)  # two rounds with a rest
 def test_balanced_indices_are_distinct_sorted_and_balanced(labels, count, seed):
     labels = np.array(labels)
     assume(count <= len(labels))

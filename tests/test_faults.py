@@ -33,7 +33,7 @@ from tests.small_runs import (
 from utils import loaders
 from utils.runs import figures, report
 from utils.runs.checkpoint import decode
-from utils.runs.folder import NEWEST, PREVIOUS, RunFolder
+from utils.runs.folder import NEWEST, PREVIOUS, RunFolder, RunLockedError
 from utils.runs.machine import CompileError, LoaderError, OutOfMemoryError, explain_failures
 from utils.runs.weights import WEIGHTS_NAME
 from utils.runtime import PROJECT_ROOT
@@ -257,6 +257,20 @@ def test_a_fault_during_a_run_is_one_message_and_keeps_the_epochs_before(tmp_pat
     kept = decode(tmp_path / "run" / NEWEST)
     assert kept.epochs == 1
     assert torch.isfinite(kept.state["model"]["fc.weight"]).all()
+
+
+def _take_over(folder):
+    def refuse(self, checkpoint):
+        raise RunLockedError("another run is there now: start again in another run folder")
+
+    RunFolder.save = refuse
+
+
+def test_a_run_whose_folder_was_taken_over_claims_no_epochs(tmp_path, toy):
+    log = tmp_path / "log"
+    assert RunProcess(arguments(tmp_path / "run"), toy, partial(after_save, 2, _take_over), log).wait() == 1
+    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    assert last == "train.py: another run is there now: start again in another run folder"
 
 
 @pytest.mark.parametrize(

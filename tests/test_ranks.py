@@ -18,6 +18,7 @@ from utils.config import Config, ConfigError, quick
 from utils.engine import make_optimizer
 from utils.loaders import make_loaders
 from utils.runs.checkpoint import decode
+from utils.runs.machine import RankError, explain_failures
 from utils.runs.ranks import Ranks, join_ranks, leave_ranks
 from utils.runtime import Precision
 
@@ -163,7 +164,7 @@ def test_a_run_on_two_ranks_survives_the_death_of_either_and_resumes_bit_for_bit
         survivor = processes[1 - killed_rank]
         survivor.join(30)  # torchrun would end it; on its own it must notice
         assert survivor.exitcode == 1, said(log, 1 - killed_rank)
-        assert "another process of this run ended" in said(log, 1 - killed_rank)
+        assert "the exchange with another process of this run failed" in said(log, 1 - killed_rank)
         assert len(said(log, 1 - killed_rank).split("Traceback")) == 1
     processes, log = start_ranks(run_train, dataset, argv)
     assert join(processes) == [0, 0], said(log, 0) + said(log, 1)
@@ -186,7 +187,7 @@ def test_an_error_of_the_user_ends_every_rank_without_a_traceback(toy, tmp_path,
     processes, log = start_ranks(target, toy, arguments(tmp_path / "run", *flags))
     assert join(processes) == [1, 1], said(log, 0) + said(log, 1)
     assert words in said(log, 0)
-    assert "another process of this run ended" in said(log, 1)
+    assert "the exchange with another process of this run failed" in said(log, 1)
     assert "Traceback" not in said(log, 0) + said(log, 1)
 
 
@@ -218,3 +219,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="nproc-per-node is above 2, the number of GPUs here: start as many"):
         join_ranks("auto")
+
+
+def test_several_processes_on_one_gpu_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="device is 'cuda:0', but 2 processes cannot share one: leave it out"):
+        join_ranks("cuda:0")
+
+
+def test_a_failed_exchange_names_its_cause(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    text = "NCCL error in: NCCLUtils.cpp:77, invalid usage\nLast error:\nDuplicate GPU detected: rank 0 and rank 1"
+    words = r"failed \(NCCL error in: .*invalid usage \.\.\. Duplicate GPU detected: rank 0 and rank 1\), mostly"
+    with pytest.raises(RankError, match=words), explain_failures(512):
+        raise RuntimeError(text)

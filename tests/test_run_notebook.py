@@ -72,6 +72,7 @@ def test_an_unfinished_run_is_continued_and_after_a_finished_one_a_new_one_begin
     assert message.count("\n") == 1
     assert "stopped in 'Middle' by AssertionError: no mark yet" in message
     assert f"the notebook up to there is {runs / 'notebook-quick' / 'small.ipynb'}; run it again to continue" in message
+    assert message.endswith("or with --new to begin another run\n")
     assert printed(runs / "notebook-quick" / "small.ipynb") == "first\n"
 
     assert run_notebook.main([str(path), "--publish", "--in-place"]) == 0
@@ -87,6 +88,37 @@ def test_what_a_cell_prints_is_stored_in_one_piece(notebook):
     path = notebook("import time\nprint('begun', flush=True)\ntime.sleep(0.5)\nprint('done')")
     assert run_notebook.main([str(path), "--in-place"]) == 0
     assert [output.text for output in nbformat.read(path, as_version=4).cells[3].outputs] == ["begun\ndone\n"]
+
+
+def test_it_runs_from_any_folder_and_leaves_nothing_there(notebook, runs, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_notebook.main([str(notebook("print('middle')"))]) == 0
+    assert printed(runs / "notebook-quick" / "small.ipynb") == "first\nmiddle\nlast\n"
+    assert [*PROJECT_ROOT.glob("kernel-*"), *(tmp_path / "elsewhere").iterdir()] == []
+
+
+def test_a_kernel_that_does_not_start_is_one_message(notebook, monkeypatch, capsys):
+    async def deaf(self, *args, **kwargs):
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+
+    monkeypatch.setattr(run_notebook.NotebookClient, "async_start_new_kernel_client", deaf)
+    assert run_notebook.main([str(notebook("1"))]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "the kernel did not start (Kernel didn't respond in 60 seconds)" in message
+
+
+def test_a_new_run_in_a_folder_that_exists_is_refused(notebook, runs, monkeypatch, capsys):
+    monkeypatch.setenv("S10_RUN_NAME", "mine")
+    assert run_notebook.main([str(notebook("1")), "--new"]) == 0
+    assert run_notebook.main([str(notebook("1")), "--new"]) == 2
+    assert "S10_RUN_NAME is 'mine', and its folder exists" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_unknown_user_is_left_to_the_notebook(monkeypatch):
+    monkeypatch.setenv("CIFAR10_DIR", "~nobody-here/cifar")
+    assert run_notebook.settings_from_environment()["images"].endswith("cifar")
 
 
 def test_only_an_unfinished_run_of_the_same_settings_is_continued(runs, monkeypatch):

@@ -120,6 +120,8 @@ def gpu_advice() -> str:
 
     if torch.cuda.is_available():
         return f"GPU: {torch.cuda.get_device_name()}. The full profile runs here."
+    if torch.backends.mps.is_available():
+        return "Apple GPU: the quick profile runs here in a few minutes."
     if on_colab():
         return "No GPU: choose Runtime > Change runtime type > T4 GPU, or go on with the quick profile on the CPU."
     return "No GPU: the quick profile runs on the CPU in a few minutes."

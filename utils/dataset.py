@@ -133,7 +133,7 @@ def balanced_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     while missing := count - shares.sum():
         unfinished = np.flatnonzero(shares < sizes)
         even, rest = divmod(missing, len(unfinished))
-        wanted = shares[unfinished] + even + (np.arange(len(unfinished)) < rest)
+        wanted = shares[unfinished] + (even or np.arange(len(unfinished)) < rest)
         shares[unfinished] = np.minimum(wanted, sizes[unfinished])
     rng = np.random.default_rng(seed)
     chosen = [rng.choice(np.flatnonzero(labels == name), share, replace=False) for name, share in zip(names, shares)]

@@ -115,7 +115,10 @@ def interrupts_from_outside() -> Iterator[list[int]]:
 
     def again(number):
         if not is_over.wait(AGAIN_SECONDS):
-            os.kill(first, number)
+            if os.name == "nt":  # there os.kill would end the process at once
+                signal.raise_signal(number)
+            else:
+                os.kill(first, number)
 
     def unraisable(lost):
         if isinstance(lost.exc_value, KeyboardInterrupt) and asked:

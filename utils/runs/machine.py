@@ -83,7 +83,7 @@ def explain_failures(batch_size: int | None = None):
     Raises:
         OutOfMemoryError: the CPU or GPU ran out of memory.
         LoaderError: a DataLoader worker died, or shared memory ran out.
-        RankError: gloo or NCCL lost another process of the run.
+        RankError: gloo or NCCL failed, mostly since another process of the run ended.
         CompileError: ``torch.compile`` found no working C++ compiler or Triton.
     """
     try:
@@ -110,9 +110,10 @@ def explain_failures(batch_size: int | None = None):
                 f"{max(1, batch_size // 2)}, or free memory that other programs use and resume"
             ) from error
         if torch.distributed.is_available() and torch.distributed.is_initialized() and says(*_DEAD_RANK):
+            cause = " ... ".join(dict.fromkeys([reason, text.splitlines()[-1].strip()]))  # NCCL's comes last
             raise RankError(
-                "another process of this run ended, so this one stops too: see its message, if it left one, then start "
-                "all of them again, with --resume if the run had begun"
+                f"the exchange with another process of this run failed ({cause}), mostly because that one ended: see its "
+                "message, if it left one, then start all of them again, with --resume if the run had begun"
             ) from error
         # A tensor on its way from a dying process ends as a broken connection; a BrokenPipeError is our own output's.
         lost_connection = isinstance(error, (ConnectionError, EOFError)) and not isinstance(error, BrokenPipeError)

@@ -100,7 +100,7 @@ def join_ranks(device_name: str) -> tuple[Ranks, str]:
         device_name: as for ``runtime.pick_device``; with several processes "auto" and "cuda" become this rank's GPU.
 
     Raises:
-        ConfigError: more processes than GPUs.
+        ConfigError: more processes than GPUs, or one GPU for all of them.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 or "RANK" not in os.environ:  # some clusters set WORLD_SIZE for every job
@@ -108,6 +108,10 @@ def join_ranks(device_name: str) -> tuple[Ranks, str]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_name not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"device is {device_name!r}, but {world} processes cannot share one: leave it out, or choose 'cpu'"
+        )
     if device_name == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(

@@ -64,9 +64,9 @@ def test(args: argparse.Namespace, model: CustomResNet, classes: list[str]) -> N
             f"{args.weights} knows {in_words(classes)}, but {dataset.description} has {in_words(dataset.classes)}: name "
             "the folder of the run's data with --data-dir"
         )
-    plain, mirrored = report.final_test(model, dataset, next(model.parameters()).device)
+    plain, tta = report.final_test(model, dataset)
     say(f"{len(plain.labels):,} test images of {dataset.description}")
-    say(f"test accuracy {plain.accuracy:.2f}%, with flip TTA {mirrored.accuracy:.2f}%, loss {plain.loss:.4f}")
+    say(f"test accuracy {plain.accuracy:.2f}%, with flip TTA {tta.accuracy:.2f}%, loss {plain.loss:.4f}")
     if stored is not None:
         say(
             f"metrics.json  {stored['test_accuracy']:.2f}%, with flip TTA {stored['test_accuracy_tta']:.2f}%, "

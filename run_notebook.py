@@ -33,7 +33,7 @@ from PIL import Image
 
 from utils import config as configs
 from utils.runs.door import run_door
-from utils.runtime import PROJECT_ROOT, Session10Error, pick_device, say, write_atomically, write_json
+from utils.runtime import PROJECT_ROOT, ConfigError, Session10Error, pick_device, say, write_atomically, write_json
 
 NOTEBOOK = PROJECT_ROOT / "Session10.ipynb"
 RUNS = PROJECT_ROOT / "runs"
@@ -73,7 +73,7 @@ def heading_of(cell) -> str | None:
     return next((line.lstrip("# ") for line in lines if line.startswith("#")), None)
 
 
-def packed(picture: str) -> str:
+def smaller_png(picture: str) -> str:
     """A base64 PNG with the same pixels in fewer bytes."""
     image = Image.open(io.BytesIO(base64.b64decode(picture)))
     if image.mode == "RGBA" and image.getextrema()[3] == (255, 255):  # opaque everywhere
@@ -96,7 +96,7 @@ def save(notebook, path: Path) -> None:
             for output in cell.outputs:
                 if "image/png" in output.get("data", {}):  # a widget that left a picture is shown as that picture
                     output.data.pop(WIDGET, None)
-                    output.data["image/png"] = packed(output.data["image/png"])
+                    output.data["image/png"] = smaller_png(output.data["image/png"])
             cell.outputs = [
                 output
                 for output in cell.outputs
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = settings_from_environment()
         name = os.environ.get("S10_RUN_NAME")
         if name and args.new and (RUNS / name).exists():
-            raise configs.ConfigError(
+            raise ConfigError(
                 f"S10_RUN_NAME is {name!r}, and its folder exists: choose another name for a new run, or leave out --new"
             )
         folder, continues = (RUNS / name, False) if name else choose_folder(RUNS, settings, args.new)
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         minutes = (time.monotonic() - began) / 60
         say(f"done in {minutes:.1f} min; the executed notebook and its results are in\n  {folder}")
 
-    def kept() -> str:
+    def kept(error: BaseException) -> str:
         if executed is None:
             return ""
         return (

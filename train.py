@@ -10,10 +10,8 @@ The notebook Session10.ipynb does the same step by step, with explanations.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import torch
 
@@ -82,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--test-images", type=int, help="the same for the test set (default: all; quick: 1,000)")
     data.add_argument(
         "--pipeline",
-        choices=choices("pipeline"),
+        choices=configs.choices("pipeline"),
         help="augment whole batches on the device (default), or image by image in loader processes",
     )
     data.add_argument("--num-workers", type=int, help="loader processes of the albumentations pipeline (default: 2)")
@@ -93,7 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch-size", type=int, help="images per step (default: 512; quick: 64)")
     recipe.add_argument("--lr-min", type=float, help="with --lr-max: skip the range test (default: found by it)")
     recipe.add_argument("--lr-max", type=float, help="with --lr-min: the LR at the peak")
-    recipe.add_argument("--lr-rule", choices=choices("lr_rule"), help="how LRMIN and LRMAX are read off the range test")
+    recipe.add_argument(
+        "--lr-rule", choices=configs.choices("lr_rule"), help="how LRMIN and LRMAX are read off the range test"
+    )
     recipe.add_argument("--range-test-start", type=float, help="LR at which the range test begins (default: 1e-6)")
     recipe.add_argument("--range-test-end", type=float, help="LR at which it ends (default: 1)")
     recipe.add_argument("--range-test-steps", type=int, help="batches of the LR range test (default: 100; quick: 80)")
@@ -103,17 +103,19 @@ def make_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     machine.add_argument(
-        "--precision", choices=choices("precision"), help="default: auto, the fastest that is safe on this machine"
+        "--precision",
+        choices=configs.choices("precision"),
+        help="default: auto, the fastest that is safe on this machine",
     )
     machine.add_argument(
         "--compile",
-        choices=choices("compile"),
+        choices=configs.choices("compile"),
         help="torch.compile's mode; reduce-overhead and max-autotune use CUDA graphs (default: off; not supported on a "
         "T4, and no gain on a CPU)",
     )
     machine.add_argument(
         "--packed",
-        choices=choices("packed"),
+        choices=configs.choices("packed"),
         help="small maps side by side in the convolutions (default: auto, on if the CPU has bf16 matrix units)",
     )
     machine.add_argument(
@@ -123,11 +125,6 @@ def make_parser() -> argparse.ArgumentParser:
         "tenfold: give each of them --threads 1",
     )
     return parser
-
-
-def choices(setting: str) -> tuple[str, ...]:
-    """The values that ``Config`` accepts for a setting."""
-    return get_args(get_type_hints(configs.Config)[setting])
 
 
 def make_config(args: argparse.Namespace) -> configs.Config:
@@ -144,11 +141,9 @@ def make_config(args: argparse.Namespace) -> configs.Config:
 def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; returns the exit code."""
     job: Job | None = None
-    is_refused = False  # the folder is another run's, or none that can be used
-    has_diverged = False
 
     def train() -> None:
-        nonlocal job, is_refused, has_diverged
+        nonlocal job
         args = make_parser().parse_args(argv)
         config = make_config(args)
         ranks, device_name = join_ranks(args.device)
@@ -168,26 +163,17 @@ def main(argv: list[str] | None = None) -> int:
             report.check_publishable(config, dataset)
         run_dir = args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"
         job = Job(config, dataset, run_dir, device=device, ranks=ranks, resume=args.resume)
-        try:
-            job.open()
-        except (CheckpointError, RunLockedError):
-            is_refused = True
-            raise
-        with contextlib.closing(job):
-            try:
-                run(job, args)
-            except RunLockedError:  # it was taken over
-                is_refused = True
-                raise
-            except NonFiniteLossError:
-                has_diverged = True
-                raise
+        with job:
+            run(job, args)
 
-    def kept() -> str:
-        if job is None or is_refused or not job.ranks.is_first:
+    def kept(error: BaseException) -> str:
+        if job is None or not job.ranks.is_first:
             return ""
+        has_begun = job.lr_range is not None
+        if isinstance(error, RunLockedError) or (isinstance(error, CheckpointError) and not has_begun):
+            return ""  # the folder is another run's, or none that can be used
         next_step = "add --resume to the same command to continue" if job.folder.holds_checkpoint else "run it again"
-        if has_diverged:  # the same epochs would diverge again
+        if isinstance(error, NonFiniteLossError):  # the same epochs would diverge again
             next_step = f"start again in another --run-dir with {lower_lrs(job.lr_range)}"
         return f"{job.kept()}: {next_step}"
 
@@ -221,9 +207,9 @@ def run(job: Job, args: argparse.Namespace) -> None:
     if args.publish:
         report.publish(job.folder.path)
         where = report.RESULTS
-    plain, mirrored = results.plain.accuracy, results.mirrored.accuracy
+    plain, tta = results.plain.accuracy, results.tta.accuracy
     say(
-        f"done: test accuracy {plain:.2f}% ({mirrored:.2f}% with flip TTA) after {job.config.epochs} epochs in "
+        f"done: test accuracy {plain:.2f}% ({tta:.2f}% with flip TTA) after {job.config.epochs} epochs in "
         f"{report.duration(results.metrics['wall_seconds'])}; results in {where}"
     )
     if job.folder.mirror_is_stale:

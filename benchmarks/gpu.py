@@ -30,7 +30,7 @@ from benchmarks.speed import (
     add_machine_arguments,
     describe_machine,
     fill_in,
-    markdown_table,
+    results_table,
 )
 from benchmarks.workloads import RowError, Worker, Workload, make_pass, timed
 from utils import engine
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         result = measure_all(args)
-        say(markdown_table(result))
+        say(results_table(result))
         if "ratio" in result:
             say(f"24 epochs: {result['ratio']:.1f} times the usual way's speed")
 

@@ -24,18 +24,18 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import get_args, get_type_hints
 
 import torch
 
 from benchmarks.workloads import MIB, WARM_UP_PASSES, Measurement, Workload, count_flop, measure
 from utils import plotting
-from utils.config import Config, ConfigError
+from utils.config import Config, choices
 from utils.runs import report
 from utils.runs.door import run_door
 from utils.runs.machine import code_commit, versions
 from utils.runtime import (
     PROJECT_ROOT,
+    ConfigError,
     device_name,
     pick_device,
     pick_precision,
@@ -50,7 +50,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 STORED = PROJECT_ROOT / "benchmarks" / "results"
 MEASURED = PROJECT_ROOT / "runs" / "bench"
 TABLES = ("speed-cpu.json", "speed-cuda.json", "gpu.json")  # the files in STORED that the README shows, in this order
-COMPILE_MODES = get_args(get_type_hints(Config)["compile"])[1:]  # without "off"
+COMPILE_MODES = choices("compile")[1:]  # without "off"
 EPOCH_IMAGES = 50_000  # CIFAR-10's train images: what "an epoch" is extrapolated to
 IMAGE_BYTES = 32 * 32 * 3
 QUICK_WIDTH = 8  # a network with a 64th of the work
@@ -192,7 +192,7 @@ def compare(args: argparse.Namespace, device: torch.device, precision: str) -> d
                 rows.append(summarize(workload, each, baseline))
             elif not isinstance(each, str):
                 flop = 2 * workload.batch_size**3 * workload.images
-                matmul[workload.precision] = spread([flop / one.seconds / 1e9 for one in each])
+                matmul[workload.precision] = median_and_range([flop / one.seconds / 1e9 for one in each])
     for row in rows:
         if "gflop_per_second" in row and row["precision"] in matmul:
             row["matmul_fraction"] = row["gflop_per_second"]["median"] / matmul[row["precision"]]["median"]
@@ -212,19 +212,21 @@ def summarize(workload: Workload, measured: list[Measurement] | str, baseline: l
     rates = [workload.images / each.seconds for each in measured]
     row |= {
         "repeats": len(measured),
-        "images_per_second": spread(rates),
+        "images_per_second": median_and_range(rates),
         "first_pass_seconds": measured[0].first_seconds,
         "peak_memory_mib": max(each.peak_bytes for each in measured) / MIB,
     }
     if baseline:
-        row["speedup"] = spread([rate / base for rate, base in zip(compared_rates(workload, measured), baseline)])
+        row["speedup"] = median_and_range(
+            [rate / base for rate, base in zip(compared_rates(workload, measured), baseline)]
+        )
     if workload.part == "augmentation":
-        row["images_per_core_second"] = spread([workload.images / each.cpu_seconds for each in measured])
+        row["images_per_core_second"] = median_and_range([workload.images / each.cpu_seconds for each in measured])
     else:
         flop = count_flop(workload.part, workload.width) * (2 if workload.tta else 1)
-        row["gflop_per_second"] = spread([flop * rate / 1e9 for rate in rates])
+        row["gflop_per_second"] = median_and_range([flop * rate / 1e9 for rate in rates])
     if workload.part in ("training", "step"):
-        row["seconds_per_epoch"] = spread([EPOCH_IMAGES / rate for rate in rates])
+        row["seconds_per_epoch"] = median_and_range([EPOCH_IMAGES / rate for rate in rates])
     return row
 
 
@@ -236,7 +238,7 @@ def compared_rates(workload: Workload, measured: list[Measurement] | str) -> lis
     return [workload.images / (each.cpu_seconds if per_core else each.seconds) for each in measured]
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def median_and_range(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
@@ -309,7 +311,7 @@ def scaling_table(stored: dict) -> str:
 # --- what is printed and published ------------------------------------------------------------------------------------
 
 
-def markdown_table(stored: dict) -> str:
+def results_table(stored: dict) -> str:
     """The README's table, from the content of a JSON file; a row that failed says so."""
     lines, part = [], None
     for row in stored["rows"]:
@@ -381,7 +383,7 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def readme_part() -> str:
     """The README's generated part "speed": the tables of all stored files."""
     paths = [STORED / name for name in TABLES]
-    return "\n\n".join(markdown_table(json.loads(path.read_text("utf-8"))) for path in paths if path.exists())
+    return "\n\n".join(results_table(json.loads(path.read_text("utf-8"))) for path in paths if path.exists())
 
 
 def publish(files: Sequence[Path], readme: Path = PROJECT_ROOT / "README.md") -> None:
@@ -424,7 +426,7 @@ def run(args: argparse.Namespace) -> None:
         say(scaling_table(result))
         plotting.save_figure(plotting.scaling(result["curves"]), path.with_suffix(".png"))
     else:
-        say(markdown_table(result))
+        say(results_table(result))
     say(f"written: {path}")
 
 

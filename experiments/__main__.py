@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_door("experiments", lambda: run(args), lambda: "the same command goes on with the runs that are left")
+    return run_door("experiments", lambda: run(args), lambda _: "the same command goes on with the runs that are left")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ import torch
 
 from experiments.variants import EMA_ALSO, EMA_DECAY, Variant
 from utils import runtime
-from utils.config import Config, full, quick
+from utils.config import Config, changed_settings, full, quick
 from utils.dataset import CIFAR10_CLASSES, ImageDataset
 from utils.engine import NonFiniteLossError
 from utils.lr_finder import LRRangeError
 from utils.runs import machine
-from utils.runs.checkpoint import differences
 from utils.runs.folder import RunLockedError
 from utils.runs.job import is_finished, run_job
 from utils.runs.report import duration, read_metrics
@@ -93,7 +92,7 @@ def is_current(record: dict, small: bool = False) -> bool:
     """False for a record whose settings, apart from its variant's changes and width, are not today's."""
     stage = dataclasses.replace(STAGES[record["stage"]], width=record["config"]["width"])
     run = Run(stage, Variant(record["variant"], record["shows"], record["changes"]), record["seed"])
-    return not differences(record["config"], config_of(run, small))
+    return not changed_settings(record["config"], config_of(run, small))
 
 
 @dataclass
@@ -139,14 +138,14 @@ class Campaign:
         config, folder = config_of(run, self.small), self.folder(run)
         here = read_record(folder)
         if here is not None:
-            if differing := differences(here["config"], config):
+            if differing := changed_settings(here["config"], config):
                 raise Session10Error(
                     f"{folder} holds a run with other settings ({'; '.join(differing)}): move it away, or choose "
                     "another --runs"
                 )
             return here
         known = (record for record in self.records if key_of(record) == run.key)
-        return next((record for record in known if not differences(record["config"], config)), None)
+        return next((record for record in known if not changed_settings(record["config"], config)), None)
 
     def make(self, run: Run) -> dict:
         """Train one run, or finish it; returns its record. What the job prints goes to ``log.txt`` in its folder.

@@ -69,7 +69,7 @@ def main() -> int:
     return run_door(
         "experiments.degradation",
         lambda: run_all(load_dataset(), lesson.STORED_DEGRADATION, SETTINGS),
-        lambda: "the same command goes on with the runs that are left",
+        lambda _: "the same command goes on with the runs that are left",
     )
 
 

@@ -146,7 +146,9 @@ def _screen_answers(records: Sequence[dict]) -> dict[str, list[Effect]]:
         return {}
 
 
-def differences(records: Sequence[dict], stage: str, measure: str, reference: str | None = None) -> dict[str, Effect]:
+def paired_differences(
+    records: Sequence[dict], stage: str, measure: str, reference: str | None = None
+) -> dict[str, Effect]:
     """By variant of ``stage``: its paired difference to ``reference``, by default the base or the recipe."""
     reference = reference or _reference(stage)
     by_variant: dict[str, dict[int, float]] = {}
@@ -170,7 +172,7 @@ def chosen(records: Sequence[dict]) -> str:
 
     def largest_first(reference: str, regularized: bool) -> list[Effect]:
         """Differences of the variants without a failed run that say how large the noise is."""
-        found = differences(records, "confirm", "score", reference).values()
+        found = paired_differences(records, "confirm", "score", reference).values()
         eligible = [one for one in found if is_regularized(one.name) == regularized and one.name not in failed]
         return sorted((one for one in eligible if one.error is not None), key=lambda one: -one.value)
 
@@ -220,7 +222,7 @@ def write_results(folder: Path, records: Sequence[dict], small: bool = False) ->
     runtime.write_atomically(folder / RUNS_NAME, runs_table(records).encode())
     if _screen_answers(shown):
         plotting.save_figure(screen_figure(shown), folder / SCREEN_NAME)
-    if differences(shown, "ablations", "test_accuracy"):
+    if paired_differences(shown, "ablations", "test_accuracy"):
         plotting.save_figure(ablations_figure(shown), folder / ABLATIONS_NAME)
     page = folder / PAGE_NAME
     old = page.read_text(encoding="utf-8") if page.exists() else ""
@@ -274,7 +276,7 @@ def screen_figure(records: Sequence[dict]) -> Figure:
 
 def ablations_figure(records: Sequence[dict]) -> Figure:
     """What the recipe loses without one of its parts."""
-    found = differences(records, "ablations", "test_accuracy").values()
+    found = paired_differences(records, "ablations", "test_accuracy").values()
     width = _done(records, "ablations")[0]["config"]["width"]
     return _bars(
         [f"{effect.name} (n = {effect.count})" for effect in found],
@@ -299,7 +301,7 @@ def readme_part(records: Sequence[dict]) -> str:
             "adds, averaged over many combinations of the other ten, and the bar its standard error:",
             _picture(SCREEN_NAME, folder),
         ]
-    if differences(records, "ablations", "test_accuracy"):
+    if paired_differences(records, "ablations", "test_accuracy"):
         parts += [
             "### What each part is worth",
             variants_section(records, "ablations"),
@@ -311,10 +313,10 @@ def readme_part(records: Sequence[dict]) -> str:
 def render_page(records: Sequence[dict], count: int, frozen: str) -> str:
     """The page's Markdown, from the current records, the count of all records, and the hand-written part."""
     sections = {stage: variants_section(records, stage) for stage in ("confirm", "seeds", "ablations")}
-    if differences(records, "ablations", "test_accuracy"):
+    if paired_differences(records, "ablations", "test_accuracy"):
         sections["ablations"] += "\n\n" + _picture(ABLATIONS_NAME)
     choice = ""
-    if differences(records, "confirm", "test_accuracy"):
+    if paired_differences(records, "confirm", "test_accuracy"):
         planned = STAGES["confirm"].seeds * len(confirm(_screen_answers(records).get("score", [])))
         choice = f"From {len(_runs(records, 'confirm'))} of {planned} planned runs, it chooses: **{chosen(records)}**."
     return PAGE.format(count=count, frozen=frozen, screen=_screen_section(records), choice=choice, **sections)
@@ -377,7 +379,7 @@ def variants_section(records: Sequence[dict], stage: str) -> str:
     runs, done = _runs(records, stage), _done(records, stage)
     if not done:
         return "No run of it is finished yet."
-    plain, tta = (differences(records, stage, name) for name in ("test_accuracy", "test_accuracy_tta"))
+    plain, tta = (paired_differences(records, stage, name) for name in ("test_accuracy", "test_accuracy_tta"))
     planned = {variant.name: variant.shows for variant in [RECIPE, *ablations()]}
     # In today's words, where there are any.
     shows = {record["variant"]: planned.get(record["variant"], record["shows"]) for record in _in_order(runs)}

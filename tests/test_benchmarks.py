@@ -155,7 +155,7 @@ def test_a_row_that_fails_says_why_and_the_others_go_on():
         "matmul_gflop_per_second": {},
         "rows": [speed.summarize(bad, failed, None)],
     }
-    assert "failed: " in speed.markdown_table(stored)
+    assert "failed: " in speed.results_table(stored)
 
 
 def test_a_row_that_the_time_limit_cuts_is_measured_again_unless_it_needs_more_than_the_limit(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_the_description_says_what_the_images_are(image_folder, monkeypatch):
     dataset = load_dataset(image_folder)
     assert dataset.description == "CIFAR-10 as an image folder, 60 train and 30 test images"
     assert not dataset.is_stand_in
-    monkeypatch.setattr(dataset_module, "KNOWN_FINGERPRINTS", {dataset.fingerprint(): "a copy that is known"})
+    monkeypatch.setattr(dataset_module, "KNOWN_FINGERPRINTS", {dataset.fingerprint: "a copy that is known"})
     assert load_dataset(image_folder).description == "a copy that is known"
     assert dataset.holdout(10).description == f"{dataset.description}; 10 train images held out for validation"
     for split in ("train", "test"):
@@ -86,12 +86,12 @@ def test_the_description_says_what_the_images_are(image_folder, monkeypatch):
 
 def test_a_fingerprint_changes_with_one_pixel_one_label_or_one_name(toy):
     def changed(**values):
-        return dataclasses.replace(toy, **values).fingerprint()
+        return dataclasses.replace(toy, **values).fingerprint
 
     pixels, labels = toy.test_images.copy(), toy.train_labels.copy()
     pixels[7, 3, 5, 1] ^= 1
     labels[11] = (labels[11] + 1) % 10
-    expected = toy.fingerprint()
+    expected = toy.fingerprint
     assert changed() == expected
     assert len({expected, changed(test_images=pixels), changed(train_labels=labels)}) == 3
     assert changed(classes=("ship", *toy.classes[1:])) != expected
@@ -109,9 +109,9 @@ def test_a_fingerprint_is_computed_once(image_folder, project_root, monkeypatch)
     monkeypatch.setattr(dataset_module.hashlib, "sha256", counting)
     dataset = load_dataset(image_folder)
     before = len(hashed)
-    assert dataset.fingerprint() == dataset.fingerprint()
+    assert dataset.fingerprint == dataset.fingerprint
     assert len(hashed) == before
-    dataset.holdout(10).fingerprint()
+    assert dataset.holdout(10).fingerprint != dataset.fingerprint
     assert len(hashed) == before + 1
 
 

@@ -373,7 +373,7 @@ def test_an_interrupt_is_answered_once_by_the_run_itself(work, code, words):
     program = (
         "import os, signal, sys, time\nfrom utils.runs.door import run_door\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"sys.exit(run_door('work', lambda: exec({work!r}, globals()), lambda: 'all that was there'))"
+        f"sys.exit(run_door('work', lambda: exec({work!r}, globals()), lambda _: 'all that was there'))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=PROJECT_ROOT)
     assert (done.returncode, done.stderr) == (code, words)

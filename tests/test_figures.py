@@ -14,8 +14,8 @@ from models import CustomResNet
 from utils import config as configs
 from utils import plotting
 from utils.analysis import Predictions
-from utils.engine import History
 from utils.lr_finder import LRRange, read_curve
+from utils.metrics import History
 from utils.runs import figures
 
 RESULTS = Path(__file__).resolve().parent.parent / "Results"
@@ -36,7 +36,6 @@ def run(toy) -> figures.FigureInputs:
         lr_range=read_curve(lrs, losses),
         history=History([1e-2, 1e-3], [1.5, 1.0], [40.0, 60.0], [None, 0.9], [None, 63.0], [10.0, 11.5], 60, 30),
         predictions=Predictions(np.eye(10, dtype=np.float32)[answers] * 0.9 + 0.01, labels),
-        device="cpu",
     )
 
 
@@ -86,7 +85,7 @@ def test_one_cycle_is_compared_with_annihilation(epochs, peak, steps):
 def test_a_run_without_mistakes_still_shows_where_the_network_looks(run):
     perfect = Predictions(np.eye(10, dtype=np.float32)[run.dataset.test_labels], run.dataset.test_labels)
     assert "No mistakes" in figures.mistakes(run.dataset, perfect)._suptitle.get_text()
-    shown = figures.grad_cam(run.model, run.dataset, perfect, "cpu")
+    shown = figures.grad_cam(run.model, run.dataset, perfect)
     assert [axis.get_title() for axis in shown.axes if axis.get_title()] == [
         run.dataset.classes[label] for label in run.dataset.test_labels[:4]
     ]

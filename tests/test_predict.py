@@ -134,10 +134,10 @@ def test_the_weights_are_tested_on_their_runs_data_beside_its_metrics(run, weigh
     dataset = load_dataset(folder).subset(None, 6)
     capsys.readouterr()  # the progress of decoding, which is shown once
     model, _ = predict.load_model(weights)
-    plain, mirrored = report.final_test(model, dataset, torch.device("cpu"))
+    plain, tta = report.final_test(model, dataset)
     metrics = {
         "test_accuracy": plain.accuracy,
-        "test_accuracy_tta": mirrored.accuracy,
+        "test_accuracy_tta": tta.accuracy,
         "test_loss": plain.loss,
         "test_images": 6,
         "data": dataset.description,
@@ -151,7 +151,7 @@ def test_the_weights_are_tested_on_their_runs_data_beside_its_metrics(run, weigh
         code, out, err = run("--test", "--data-dir", folder)
         assert (code, err) == (0, [])
         assert out[0].startswith("6 test images of own images in 3 classes")
-        figures = f"{plain.accuracy:.2f}%, with flip TTA {mirrored.accuracy:.2f}%, loss {plain.loss:.4f}"
+        figures = f"{plain.accuracy:.2f}%, with flip TTA {tta.accuracy:.2f}%, loss {plain.loss:.4f}"
         assert out[1] == f"test accuracy {figures}"
         assert out[2].startswith(f"metrics.json  {figures} (6 test images of own images in 3 classes")
         stored.write_text(json.dumps({**metrics, "data": dataset.holdout(3).description}))

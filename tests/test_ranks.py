@@ -14,13 +14,13 @@ import torch.nn.functional as F
 import train
 from tests.small_runs import TinyNet, arguments, identical, outcome, shrink
 from utils import engine
-from utils.config import Config, ConfigError, quick
+from utils.config import Config, quick
 from utils.engine import make_optimizer
 from utils.loaders import make_loaders
 from utils.runs.checkpoint import decode
 from utils.runs.machine import RankError, explain_failures
 from utils.runs.ranks import Ranks, join_ranks, leave_ranks
-from utils.runtime import Precision
+from utils.runtime import ConfigError, Precision
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)

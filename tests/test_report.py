@@ -13,7 +13,7 @@ from models import CustomResNet
 from utils import config as configs
 from utils.analysis import Predictions
 from utils.dataset import CIFAR10_CLASSES
-from utils.engine import History
+from utils.metrics import History
 from utils.runs import report
 from utils.runs.report import ResultsError
 from utils.runs.weights import WEIGHTS_NAME, load_model, save_weights
@@ -220,12 +220,12 @@ def test_metrics_that_no_run_wrote_are_refused(tmp_path, content):
 def test_the_final_test_is_of_the_weights_in_the_file(toy, tmp_path):
     torch.manual_seed(0)
     model = CustomResNet(width=8)
-    plain, mirrored = report.final_test(model, toy, torch.device("cpu"))
+    plain, tta = report.final_test(model, toy)
     save_weights(model, tmp_path / "weights.safetensors", {"classes": list(CIFAR10_CLASSES), "width": 8})
     loaded, _ = load_model(tmp_path / "weights.safetensors")
-    again, _ = report.final_test(loaded, toy, torch.device("cpu"))
+    again, _ = report.final_test(loaded, toy)
     assert np.array_equal(plain.probabilities, again.probabilities)
-    assert not np.array_equal(plain.probabilities, mirrored.probabilities)
+    assert not np.array_equal(plain.probabilities, tta.probabilities)
 
 
 # --- what is committed ------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_the_shipped_weights_recognize_real_images(cifar10, published):
     """300 images, so that the test stays short: the full check is `python predict.py --test`."""
     few = cifar10.subset(test=300)
     model, _ = load_model(PUBLISHED_WEIGHTS)
-    plain, _ = report.final_test(model, few, torch.device("cpu"))
+    plain, _ = report.final_test(model, few)
     error = 3 * (published["test_accuracy"] * (100 - published["test_accuracy"]) / 300) ** 0.5  # three sigma
     assert plain.accuracy == pytest.approx(published["test_accuracy"], abs=error)
 
@@ -277,5 +277,5 @@ def test_the_shipped_weights_recognize_real_images(cifar10, published):
 @pytest.mark.skipif("S10_FULL_CHECKS" not in os.environ, reason="S10_FULL_CHECKS=1 tests all 10,000 images, a minute")
 def test_the_shipped_weights_score_exactly_what_metrics_say(cifar10, published):
     model, _ = load_model(PUBLISHED_WEIGHTS)
-    plain, mirrored = report.final_test(model, cifar10, torch.device("cpu"))
-    assert (plain.accuracy, mirrored.accuracy) == (published["test_accuracy"], published["test_accuracy_tta"])
+    plain, tta = report.final_test(model, cifar10)
+    assert (plain.accuracy, tta.accuracy) == (published["test_accuracy"], published["test_accuracy_tta"])

@@ -335,7 +335,7 @@ def visible(folder):
 def test_images_are_decoded_once_per_folder(image_folder, decoded, project_root, tmp_path):
     first = load_dataset(image_folder)
     assert len(decoded) == 90
-    assert load_dataset(image_folder).fingerprint() == first.fingerprint()
+    assert load_dataset(image_folder).fingerprint == first.fingerprint
     assert len(decoded) == 90
     assert [Path(name).suffix for name in visible(project_root / "data")] == [".npz"]
     shutil.copytree(image_folder, tmp_path / "other")
@@ -361,7 +361,7 @@ def test_a_changed_added_or_removed_image_replaces_the_cache(image_folder, decod
 
 @pytest.mark.parametrize("damage", ["flipped byte", "cut short", "emptied", "floats", "other images"])
 def test_a_damaged_cache_is_rebuilt(image_folder, decoded, project_root, damage):
-    expected = load_dataset(image_folder).fingerprint()
+    expected = load_dataset(image_folder).fingerprint
     (cache,) = (project_root / "data").glob("*.npz")
     content = bytearray(cache.read_bytes())
     middle = len(content) // 2
@@ -374,8 +374,8 @@ def test_a_damaged_cache_is_rebuilt(image_folder, decoded, project_root, damage)
     else:
         cache.write_bytes({"flipped byte": content, "cut short": content[:middle], "emptied": b""}[damage])
     with pytest.warns(UserWarning, match="cannot be used .*decoding the images again"):
-        assert load_dataset(image_folder).fingerprint() == expected
-    assert load_dataset(image_folder).fingerprint() == expected
+        assert load_dataset(image_folder).fingerprint == expected
+    assert load_dataset(image_folder).fingerprint == expected
     assert len(decoded) == 180  # the rebuilt cache works
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -151,6 +151,17 @@ class Config:
 def with_defaults(saved: dict) -> dict:
     """``saved``, from an earlier ``Config.to_dict()``, completed: a setting it lacks is newer and had its default."""
     return {**Config().to_dict(), **saved}
+
+
+def changed_settings(saved: dict, config: Config) -> list[str]:
+    """Where ``saved``, from an earlier ``Config.to_dict()``, differs from ``config``, in words."""
+    saved, here = with_defaults(saved), config.to_dict()
+    return [f"{name} {saved[name]!r} there, {here[name]!r} here" for name in here if saved[name] != here[name]]
+
+
+def choices(setting: str) -> tuple[str, ...]:
+    """The values that a setting of ``Config`` may have, if they are words."""
+    return get_args(get_type_hints(Config)[setting])
 
 
 def full(**changes) -> Config:

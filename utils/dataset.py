@@ -19,18 +19,8 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 
 from utils.runtime import PROJECT_ROOT
-from utils.sources import CIFAR10_CLASSES, IMAGE_SIZE, Arrays, DatasetError, archive, digits, image_folder, printable
+from utils.sources import CIFAR10_CLASSES, Arrays, DatasetError, archive, digits, image_folder, printable
 from utils.sources.archive import OfflineError
-
-__all__ = [
-    "CIFAR10_CLASSES",
-    "IMAGE_SIZE",
-    "DatasetError",
-    "OfflineError",
-    "ImageDataset",
-    "balanced_indices",
-    "load_dataset",
-]
 
 HELD_OUT = "held out for validation"  # ends the description of every validation split
 
@@ -66,19 +56,16 @@ class ImageDataset(Arrays):
         count = f"{len(self.train_labels):,} train and {len(self.test_labels):,} test images"
         if self.classes != CIFAR10_CLASSES:
             return f"own images in {len(self.classes)} classes, {count}"
-        return KNOWN_FINGERPRINTS.get(self.fingerprint(), f"CIFAR-10 as an image folder, {count}")
+        return KNOWN_FINGERPRINTS.get(self.fingerprint, f"CIFAR-10 as an image folder, {count}")
 
     @property
     def is_stand_in(self) -> bool:
         """True for the digits: results on them must never pass for CIFAR-10's."""
         return self.source == "digits"
 
+    @functools.cached_property  # computed once: the arrays are 184 MB
     def fingerprint(self) -> str:
         """SHA-256 of all pixels, labels and class names; equal for equal data."""
-        return self._fingerprint
-
-    @functools.cached_property  # computed once: the arrays are 184 MB
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256(",".join(self.classes).encode())
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(array.shape).encode())

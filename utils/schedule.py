@@ -45,7 +45,7 @@ def one_cycle(
     Raises:
         ConfigError: the LRs or lengths make no cycle.
     """
-    check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+    _check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
     lr_first, lr_last = lr_first or lr_min, lr_last or lr_min
     return OneCycleLR(
         optimizer,
@@ -67,7 +67,7 @@ def one_cycle_lrs(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, st
     Raises:
         ConfigError: the LRs or lengths make no cycle.
     """
-    check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
+    _check_cycle(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
     return _ramps(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch)
 
 
@@ -102,14 +102,12 @@ def scheduler_for(
     return one_cycle(optimizer, *cycle, cycle_beta1=config.cycle_beta1, **ends)
 
 
-def check_cycle(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
-    """Check that the LRs and lengths make a cycle.
+def check_lengths(epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
+    """Check that the lengths make a cycle.
 
     Raises:
         ConfigError: they do not; the message names the values and the fix.
     """
-    if not 0 < lr_min < lr_max:
-        raise ConfigError(f"lr_min is {lr_min} and lr_max is {lr_max}: the cycle needs 0 < lr_min < lr_max")
     if steps_per_epoch < 1:
         raise ConfigError(f"steps_per_epoch is {steps_per_epoch}: an epoch needs at least 1 batch")
     if not 1 <= peak_epoch < epochs:
@@ -122,3 +120,9 @@ def check_cycle(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, step
             f"the LR would rise within a single step: with {steps_per_epoch} batch per epoch, use a smaller "
             "--batch-size or a later --peak-epoch"
         )
+
+
+def _check_cycle(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
+    if not 0 < lr_min < lr_max:
+        raise ConfigError(f"lr_min is {lr_min} and lr_max is {lr_max}: the cycle needs 0 < lr_min < lr_max")
+    check_lengths(epochs, peak_epoch, steps_per_epoch)

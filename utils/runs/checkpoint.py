@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.config import Config, with_defaults
-from utils.engine import History, TrainState
+from utils.engine import TrainState
+from utils.metrics import History
 from utils.runtime import Session10Error, rng_states, set_rng_states
 
 MAGIC, FORMAT = b"session10-checkpoint", 2
@@ -176,15 +176,6 @@ def _parse_header(path: Path, line: bytes) -> Header:
         return Header(digest.decode("ascii"), run_id.decode("ascii"), int(epochs))
     except ValueError as error:  # also for a missing field
         raise DamagedError(f"{path} is damaged: its first line is incomplete") from error
-
-
-def differences(saved: dict, config: Config) -> list[str]:
-    """Where ``saved``, from an earlier ``Config.to_dict()``, differs from ``config``, in words.
-
-    A setting missing from ``saved`` had its default (see ``with_defaults``).
-    """
-    saved, here = with_defaults(saved), config.to_dict()
-    return [f"{name} {saved[name]!r} there, {here[name]!r} here" for name in here if saved[name] != here[name]]
 
 
 def model_differences(weights: dict[str, Tensor], model: nn.Module) -> str:

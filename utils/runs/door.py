@@ -23,13 +23,13 @@ AGAIN_SECONDS = 0.02  # until an interrupt that Python dropped is raised again
 _ended_by: list[BaseException] = []
 
 
-def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] = lambda: "") -> int:
+def run_door(program: str, body: Callable[[], object], kept: Callable[[BaseException], str] = lambda error: "") -> int:
     """Call ``body`` and return the exit code; an error that the user can fix becomes one line on stderr.
 
     Args:
         program: its name, with which the line begins.
         body: the work.
-        kept: what an early end leaves behind, in words, with which the line ends.
+        kept: called with the error; what this end leaves behind, in words, with which the line ends.
     """
     prepare_streams()
     with warnings.catch_warnings(), interrupts_from_outside() as asked:
@@ -44,7 +44,7 @@ def run_door(program: str, body: Callable[[], object], kept: Callable[[], str] =
             # After a signal any failure counts as the interrupt, such as that of a loader process that got it too.
             is_interrupt = asked or isinstance(error, KeyboardInterrupt)
             words = "interrupted" if is_interrupt else str(error)
-            complain(f"{program}: " + "; ".join(filter(None, (words, kept()))))
+            complain(f"{program}: " + "; ".join(filter(None, (words, kept(error)))))
             return EXIT_SIGNAL + (asked or [signal.SIGINT])[0] if is_interrupt else EXIT_FAILED
     return 0
 

@@ -15,9 +15,9 @@ from utils import analysis, lesson, plotting
 from utils.analysis import Predictions
 from utils.config import Config
 from utils.dataset import ImageDataset
-from utils.engine import History
 from utils.loaders import BatchedLoader
 from utils.lr_finder import LRRange
+from utils.metrics import History
 from utils.schedule import one_cycle_beta1s, one_cycle_lrs
 from utils.transforms import BatchAugment, denormalize, normalize
 
@@ -28,10 +28,9 @@ class FigureInputs:
 
     Attributes:
         config, dataset, history: of the run.
-        model: the tested network, on ``device``.
+        model: the tested network.
         lr_range: the range in use, found or given.
         predictions: the tested network's, on all test images in order.
-        device: where Grad-CAM computes.
     """
 
     config: Config
@@ -40,7 +39,6 @@ class FigureInputs:
     lr_range: LRRange
     history: History
     predictions: Predictions
-    device: torch.device | str
 
 
 def draw_all(run: FigureInputs) -> dict[str, Figure]:
@@ -51,7 +49,7 @@ def draw_all(run: FigureInputs) -> dict[str, Figure]:
     """
     config, dataset, predictions = run.config, run.dataset, run.predictions
     steps = -(-len(dataset.train_labels) // config.batch_size)
-    writers = {
+    drawings = {
         "train.png": lambda: train_samples(dataset, config),
         "test.png": lambda: test_samples(dataset),
         "network.png": lambda: network(run.model),
@@ -61,16 +59,16 @@ def draw_all(run: FigureInputs) -> dict[str, Figure]:
         "mis.png": lambda: mistakes(dataset, predictions),
         "confusion_matrix.png": lambda: confusion(predictions, dataset.classes),
         "class_accuracy.png": lambda: class_accuracy(predictions, dataset.classes),
-        "grad_cam.png": lambda: grad_cam(run.model, dataset, predictions, run.device),
+        "grad_cam.png": lambda: grad_cam(run.model, dataset, predictions),
     }
     if not len(run.lr_range.losses):  # the LRs were given
-        del writers["lr_finder.png"]
+        del drawings["lr_finder.png"]
     if config.schedule != "one-cycle":
-        del writers["one_cycle.png"]
+        del drawings["one_cycle.png"]
     figures = {}
-    for name, write in writers.items():
+    for name, draw in drawings.items():
         try:
-            figure = write()
+            figure = draw()
             figure.draw_without_rendering()  # some errors are raised only when the text is laid out
             figures[name] = figure
         except Exception as error:
@@ -160,15 +158,14 @@ def class_accuracy(predictions: Predictions, classes: Sequence[str]) -> Figure:
     return plotting.class_accuracy(analysis.per_class_accuracy(predictions), classes, predictions.accuracy)
 
 
-def grad_cam(
-    model: CustomResNet, dataset: ImageDataset, predictions: Predictions, device: torch.device | str
-) -> Figure:
+def grad_cam(model: CustomResNet, dataset: ImageDataset, predictions: Predictions) -> Figure:
     """Where the network looks: in the first four right answers, then in the four surest wrong ones."""
     right = np.flatnonzero(predictions.predicted == predictions.labels)[:4]
     wrong = analysis.confident_mistakes(predictions, 4).index
     shown = np.concatenate([right, wrong])
     pictures, answers = dataset.test_images[shown], predictions.predicted[shown]
-    maps = lesson.class_activation_maps(model, normalize(torch.from_numpy(pictures).to(device)), answers)
+    images = torch.from_numpy(pictures).to(next(model.parameters()).device)
+    maps = lesson.class_activation_maps(model, normalize(images), answers)
     return plotting.activation_maps(
         pictures,
         maps,

@@ -25,17 +25,17 @@ from models.packed import pack_small_maps
 from models.variants import init_patches
 from utils import engine, lr_finder, plotting, runtime
 from utils.analysis import Predictions
-from utils.config import Config, with_defaults
+from utils.config import Config, changed_settings, with_defaults
 from utils.dataset import ImageDataset
 from utils.loaders import make_loaders
 from utils.lr_finder import LRRange
 from utils.runs import figures, machine, report
-from utils.runs.checkpoint import Checkpoint, CheckpointError, differences, of_this_version
+from utils.runs.checkpoint import Checkpoint, CheckpointError, of_this_version
 from utils.runs.folder import RunFolder, mirror_from_environment, reason_of
 from utils.runs.ranks import Ranks
 from utils.runs.weights import NETWORK_SETTINGS, WEIGHTS_NAME, save_weights
 from utils.runtime import write_atomically
-from utils.schedule import check_cycle
+from utils.schedule import check_lengths
 from utils.transforms import normalize
 
 ALONE = Ranks()
@@ -51,13 +51,13 @@ class Results:
 
     Attributes:
         metrics: the content of metrics.json.
-        plain, mirrored: predictions on the test images without and with flip TTA.
+        plain, tta: predictions on the test images without and with flip TTA.
         history: with the shipped weights' figures in its last row.
     """
 
     metrics: dict
     plain: Predictions
-    mirrored: Predictions
+    tta: Predictions
     history: engine.History
 
 
@@ -152,9 +152,7 @@ class Job:
         self.train_loader, self.test_loader = make_loaders(
             dataset, config, self.device, self.precision.dtype, self.ranks.rank, self.ranks.world
         )
-        # Before the range test, so with its ends in place of LRMIN and LRMAX: the lengths are what is checked here.
-        ends = (config.range_test_start, config.range_test_end)
-        check_cycle(*ends, config.epochs, config.peak_epoch, len(self.train_loader))
+        check_lengths(config.epochs, config.peak_epoch, len(self.train_loader))
         model = engine.build_model(config, len(dataset.classes))
         if config.init == "patches":
             init_patches(model, normalize(torch.from_numpy(dataset.train_images[:PATCH_IMAGES])))
@@ -172,8 +170,8 @@ class Job:
 
     def _check_same_run(self) -> None:
         here = {name: getattr(self.config, name) for name in OF_THE_MACHINE}
-        differing = differences({**self._record["config"], **here}, self.config)
-        if self._record["fingerprint"] != self.dataset.fingerprint():
+        differing = changed_settings({**self._record["config"], **here}, self.config)
+        if self._record["fingerprint"] != self.dataset.fingerprint:
             differing.append("other images")
         if differing:
             copy = f" and its copy, {self.folder.mirror}" if self.folder.mirror else ""
@@ -289,15 +287,13 @@ class Job:
         if self.state is None or self.state.history.epochs < self.config.epochs:
             raise report.ResultsError(f"the run is not finished: {self.kept()}; call fit() first")
         state, dataset, folder = self.state, self.dataset, self.folder.path
-        plain, mirrored = report.final_test(state.tested_model, dataset, self.device)
+        plain, tta = report.final_test(state.tested_model, dataset)
         history = report.closed_history(state.history, plain)
         decay = float(state.optimizer.param_groups[0]["weight_decay"])
-        metrics = report.build_metrics(
-            self._record, self.config, history, decay, plain, mirrored, dataset.classes, note
-        )
+        metrics = report.build_metrics(self._record, self.config, history, decay, plain, tta, dataset.classes, note)
         if len(state.averages) > 1:
-            metrics["averages"] = self._test_averages(plain, mirrored)
-        results = Results(metrics, plain, mirrored, history)
+            metrics["averages"] = self._test_averages(plain, tta)
+        results = Results(metrics, plain, tta, history)
         about = {"classes": list(dataset.classes), "data": dataset.description}
         about |= {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
         try:
@@ -314,7 +310,7 @@ class Job:
 
     def _draw_figures(self, results: Results) -> None:
         model, history, plain = self.state.tested_model, results.history, results.plain
-        inputs = figures.FigureInputs(self.config, self.dataset, model, self.lr_range, history, plain, self.device)
+        inputs = figures.FigureInputs(self.config, self.dataset, model, self.lr_range, history, plain)
         for name, figure in figures.draw_all(inputs).items():
             try:
                 plotting.save_figure(figure, self.folder.path / name)
@@ -323,12 +319,12 @@ class Job:
                     f"{name} could not be written ({reason_of(error)}): resume to draw it again", stacklevel=2
                 )
 
-    def _test_averages(self, plain: Predictions, mirrored: Predictions) -> dict[str, dict[str, float]]:
+    def _test_averages(self, plain: Predictions, tta: Predictions) -> dict[str, dict[str, float]]:
         """Accuracy and loss of each weight average, by its decay; the first is the tested one."""
         decays = (self.config.ema_decay, *self.config.ema_also)
-        tested = [(plain, mirrored)]
+        tested = [(plain, tta)]
         for average in self.state.averages[1:]:
-            tested.append(report.final_test(average.module, self.dataset, self.device))
+            tested.append(report.final_test(average.module, self.dataset))
         return {
             str(decay): {
                 "accuracy": one.accuracy,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import runtime
-from utils.engine import Metrics
+from utils.metrics import Metrics
 from utils.runtime import ConfigError
 
 T = TypeVar("T")

@@ -27,13 +27,14 @@ from models import CustomResNet
 from utils import runtime
 from utils.analysis import Predictions, per_class_accuracy, predict
 from utils.config import Config, full, with_defaults
-from utils.dataset import CIFAR10_CLASSES, IMAGE_SIZE, ImageDataset
-from utils.engine import History
+from utils.dataset import CIFAR10_CLASSES, ImageDataset
 from utils.loaders import BatchedLoader
 from utils.lr_finder import LRRange
+from utils.metrics import History
 from utils.runs import machine
 from utils.runs.weights import WEIGHTS_NAME, rounded_to_half
 from utils.runtime import ConfigError, Precision, Session10Error, write_atomically, write_json
+from utils.sources import IMAGE_SIZE
 
 RESULTS = runtime.PROJECT_ROOT / "Results"
 METRICS_NAME, LOG_NAME = "metrics.json", "training_logs.md"
@@ -97,7 +98,7 @@ def run_record(
         "range_test_seconds": range_test_seconds,
         "data": dataset.description,
         "source": dataset.source,
-        "fingerprint": dataset.fingerprint(),
+        "fingerprint": dataset.fingerprint,
         "device": runtime.device_name(precision.device),
         "precision": precision.name,
         "world": world,
@@ -106,7 +107,7 @@ def run_record(
     }
 
 
-def final_test(model: nn.Module, dataset: ImageDataset, device: torch.device) -> tuple[Predictions, Predictions]:
+def final_test(model: nn.Module, dataset: ImageDataset) -> tuple[Predictions, Predictions]:
     """Test the shipped weights: rounded to float16, computed in float32 without TF32.
 
     So the result depends neither on the training precision nor, except for rare ties, on the device, and the weights
@@ -117,12 +118,12 @@ def final_test(model: nn.Module, dataset: ImageDataset, device: torch.device) ->
     """
     shipped = copy.deepcopy(model)
     shipped.load_state_dict(rounded_to_half(model.state_dict()))
+    device = next(model.parameters()).device
     batch_size = min(TEST_BATCH, len(dataset.test_labels))
     loader = BatchedLoader(dataset.test_images, dataset.test_labels, batch_size, device=device)
-    precision = Precision("fp32", torch.device(device))
+    precision = Precision("fp32", device)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        plain, mirrored = (predict(shipped, loader, precision=precision, tta=tta) for tta in (False, True))
-    return plain, mirrored
+        return tuple(predict(shipped, loader, precision=precision, tta=tta) for tta in (False, True))
 
 
 def closed_history(history: History, final: Predictions) -> History:
@@ -140,7 +141,7 @@ def build_metrics(
     history: History,
     weight_decay: float,
     plain: Predictions,
-    mirrored: Predictions,
+    tta: Predictions,
     classes: Sequence[str],
     note: str = "",
 ) -> dict:
@@ -151,7 +152,7 @@ def build_metrics(
         config: the run's settings.
         history: from ``closed_history``.
         weight_decay: the optimizer's.
-        plain, mirrored: from ``final_test``.
+        plain, tta: from ``final_test``.
         classes: class names.
         note: a sentence for the log, such as what else the machine was doing.
     """
@@ -160,7 +161,7 @@ def build_metrics(
         "profile": config.profile,
         "test_accuracy": plain.accuracy,
         "test_loss": plain.loss,
-        "test_accuracy_tta": mirrored.accuracy,
+        "test_accuracy_tta": tta.accuracy,
         "test_images": len(plain.labels),
         "train_images": history.train_size,
         "per_class_accuracy": dict(zip(classes, per_class)),
@@ -185,16 +186,16 @@ def build_metrics(
 def over_seeds(runs: Sequence[dict]) -> dict:
     """The part of the metrics about several runs of one config: accuracy by seed, mean and standard deviation (n - 1)."""
     names = ("test_accuracy", "test_accuracy_tta")
-    plain, mirrored = (np.array([run[name] for run in runs], dtype=float) for name in names)
+    plain, tta = (np.array([run[name] for run in runs], dtype=float) for name in names)
     several = len(runs) > 1
     return {
         "seeds": [run["config"]["seed"] for run in runs],
         "seed_accuracies": plain.tolist(),
-        "seed_accuracies_tta": mirrored.tolist(),
+        "seed_accuracies_tta": tta.tolist(),
         "mean_accuracy": float(plain.mean()),
-        "mean_accuracy_tta": float(mirrored.mean()),
+        "mean_accuracy_tta": float(tta.mean()),
         "std_accuracy": float(plain.std(ddof=1)) if several else None,
-        "std_accuracy_tta": float(mirrored.std(ddof=1)) if several else None,
+        "std_accuracy_tta": float(tta.std(ddof=1)) if several else None,
     }
 
 
@@ -282,12 +283,23 @@ def publish(run_dir: str | os.PathLike, others: Iterable[str | os.PathLike] = ()
             "publish again"
         ) from error
 
+    _replace_results(folders[0], metrics)
+    write_atomically(runtime.PROJECT_ROOT / LOG_NAME, log.encode())
+    write_atomically(readme, text.encode())
+    return metrics
+
+
+def _replace_results(run_dir: Path, metrics: dict) -> None:
+    """Put a run's weights and figures, and ``metrics``, in the place of ``Results/``.
+
+    A kill between the two renames is repaired by the next call.
+    """
     old, fresh = (RESULTS.with_name(f".{RESULTS.name}.{suffix}") for suffix in ("old", "new"))
-    if old.exists() and not RESULTS.exists():  # an earlier call was killed between its two renames
+    if old.exists() and not RESULTS.exists():
         os.replace(old, RESULTS)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    for path in (folders[0] / WEIGHTS_NAME, *sorted(folders[0].glob("*.png"))):
+    for path in (run_dir / WEIGHTS_NAME, *sorted(run_dir.glob("*.png"))):
         shutil.copy2(path, fresh)
     write_metrics(fresh, metrics)
     if RESULTS.exists():
@@ -295,9 +307,6 @@ def publish(run_dir: str | os.PathLike, others: Iterable[str | os.PathLike] = ()
         os.replace(RESULTS, old)
     os.replace(fresh, RESULTS)
     shutil.rmtree(old, ignore_errors=True)
-    write_atomically(runtime.PROJECT_ROOT / LOG_NAME, log.encode())
-    write_atomically(readme, text.encode())
-    return metrics
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -378,14 +387,14 @@ def readme_blocks(metrics: dict) -> dict[str, str]:
     """The README's generated parts, by name."""
     count = len(metrics["seeds"])
     plain = spread(metrics["mean_accuracy"], metrics["std_accuracy"], count)
-    mirrored = spread(metrics["mean_accuracy_tta"], metrics["std_accuracy_tta"], count)
+    tta = spread(metrics["mean_accuracy_tta"], metrics["std_accuracy_tta"], count)
     classes = metrics["per_class_accuracy"]
     config = with_defaults(metrics["config"])
     factors = {"LRMIN": config["lr_min_factor"], "LRMAX": config["lr_max_factor"]}
     times = [f", {name} times {factor:g}" for name, factor in factors.items() if factor != 1]
     rows = [
         ("Test accuracy, last epoch", plain),
-        ("with flip TTA", mirrored),
+        ("with flip TTA", tta),
         ("Test loss", f"{metrics['test_loss']:.4f}"),
         ("Train accuracy, last epoch (augmented images)", f"{metrics['history']['train_accuracy'][-1]:.2f}%"),
         (
@@ -402,13 +411,13 @@ def readme_blocks(metrics: dict) -> dict[str, str]:
     ours = (
         "**Ours**",
         f"this model and recipe, Adam, {metrics['epochs']} epochs",
-        f"**{plain}**; {mirrored} with flip TTA",
+        f"**{plain}**; {tta} with flip TTA",
         f"{duration(metrics['wall_seconds'])}, {metrics['device']}",
     )
     note = f"\n\n{metrics['note']}" if metrics.get("note") else ""
     return {
         "headline": (
-            f"**{plain} test accuracy after the last of {metrics['epochs']} epochs; {mirrored} with flip test-time "
+            f"**{plain} test accuracy after the last of {metrics['epochs']} epochs; {tta} with flip test-time "
             "augmentation.**"
         ),
         "provenance": f"{setup_sentence(metrics)}.{note}",

@@ -41,6 +41,19 @@ def load(folder: Path, cache_folder: Path) -> Arrays:
     """
     files = {split: _list_images(folder / split) for split in ("train", "test")}
     in_train, in_test = (sorted({path.parent.name for path in paths}) for paths in files.values())
+    _check_classes(folder, in_train, in_test)
+    classes = tuple(_SHORT_NAMES.get(name, name) for name in in_train)
+    if set(classes) == set(CIFAR10_CLASSES):
+        classes = CIFAR10_CLASSES
+    label_of = {name: classes.index(_SHORT_NAMES.get(name, name)) for name in in_train}
+    train_labels, test_labels = (
+        np.array([label_of[path.parent.name] for path in paths], dtype=np.int64) for paths in files.values()
+    )
+    images = _decode_cached(folder, files, cache_folder)
+    return Arrays(images["train"], train_labels, images["test"], test_labels, classes)
+
+
+def _check_classes(folder: Path, in_train: list[str], in_test: list[str]) -> None:
     if unknown := sorted(set(in_test) - set(in_train)):
         raise DatasetError(
             f"{printable(folder / 'test' / unknown[0])}: class {unknown[0]!r} has no folder in "
@@ -60,17 +73,8 @@ def load(folder: Path, cache_folder: Path) -> Arrays:
         warnings.warn(
             f"{printable(folder / 'test')} has no images of {', '.join(untested)}: add some to measure how well they "
             "are recognized",
-            stacklevel=2,
+            stacklevel=3,
         )
-    classes = tuple(_SHORT_NAMES.get(name, name) for name in in_train)
-    if set(classes) == set(CIFAR10_CLASSES):
-        classes = CIFAR10_CLASSES
-    label_of = {name: classes.index(_SHORT_NAMES.get(name, name)) for name in in_train}
-    train_labels, test_labels = (
-        np.array([label_of[path.parent.name] for path in paths], dtype=np.int64) for paths in files.values()
-    )
-    images = _decode_cached(folder, files, cache_folder)
-    return Arrays(images["train"], train_labels, images["test"], test_labels, classes)
 
 
 def _list_images(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from utils.config import Config, quick
 from utils.dataset import ImageDataset
 from utils.loaders import CHUNK_BATCHES, AlbumentationsLoader, BatchedLoader, make_loaders
 from utils.runtime import ConfigError
-from utils.transforms import BatchAugment, denormalize, test_transform, train_transform
+from utils.transforms import BatchAugment, denormalize, normalize, test_transform, train_transform
 
 PIPELINES = ("batched", "albumentations")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -371,3 +371,9 @@ def test_the_train_loaders_of_a_run_share_its_batches(toy, pipeline):
         assert [len(labels) for _, labels in train] == [10, 10, 10]
         assert torch.equal(epoch_of(test)[1], torch.from_numpy(toy.test_labels))  # one process runs every test
     make_loaders(toy.subset(test=1), config, CPU, rank=0, world=2)
+
+
+def test_both_pipelines_normalize_alike(noise):
+    ours, theirs = (epoch_of(make_loader(name, *noise, 16, augment=False, shuffle=False))[0] for name in PIPELINES)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, normalize(torch.from_numpy(noise[0])))

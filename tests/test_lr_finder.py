@@ -27,7 +27,7 @@ from utils.lr_finder import (
     read_curve,
     smooth,
 )
-from utils.runtime import Precision, seed_everything
+from utils.runtime import ConfigError, Precision, seed_everything
 from utils.schedule import one_cycle
 from utils.transforms import BatchAugment
 
@@ -276,6 +276,16 @@ def test_single_bad_batches_of_a_set_learned_by_heart_do_not_end_the_sweep(parts
 def test_a_sweep_without_an_answer_names_the_setting_to_change(parts, options, message):
     with pytest.raises(LRRangeError, match=message):
         sweep(*parts, **options)
+
+
+def test_an_unknown_rule_is_answered_with_the_known_ones(parts):
+    with pytest.raises(ConfigError, match="rule is 'guess': choose one of steepest-minimum, valley-minimum, tenth-min"):
+        sweep(*parts, rule="guess")
+
+
+def test_a_loader_that_counts_no_epochs_can_be_swept(parts):
+    model, loader, optimizer = parts
+    assert sweep(model, list(loader), optimizer).lr_max > 0
 
 
 def test_every_rule_can_be_chosen_in_the_settings():

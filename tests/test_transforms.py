@@ -140,8 +140,7 @@ def free_draws():
     return {"albumentations": recover_draws(reference), "batched": recover_draws(batched.numpy())}
 
 
-# Columns of the draws, and the number of values of each: a crop moves by up to 4 pixels either way. Pairs show that two
-# choices are independent.
+# Columns of the draws, and the number of values of each. Pairs show that two choices are independent.
 CHOICES = {
     "crop y": ([0], (9,)),
     "crop x": ([1], (9,)),
@@ -167,6 +166,13 @@ def test_free_draws_of_both_pipelines_share_one_distribution(free_draws, choice)
     assert chi2_contingency([counts["albumentations"], counts["batched"]]).pvalue > LEVEL
     for name, count in counts.items():
         assert chisquare(count).pvalue > LEVEL, name  # and it is the uniform one
+
+
+@pytest.mark.parametrize("name", ["albumentations", "batched"])
+def test_padding_is_four_pixels_on_each_side_and_the_hole_reaches_every_edge(free_draws, name):
+    crop_y, crop_x, _, hole_y, hole_x = (set(values) for values in free_draws[name].T)
+    assert crop_y == crop_x == set(range(9))  # the crop moves by up to 4 pixels either way
+    assert hole_y == hole_x == set(range(25))
 
 
 def test_one_seed_gives_one_sequence_of_draws():

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from utils.config import Config
 from utils.engine import TrainState, make_criterion, make_optimizer, train_step
-from utils.runtime import Precision, Session10Error, keep_freed_memory, rng_states, set_rng_states
+from utils.runtime import ConfigError, Precision, Session10Error, keep_freed_memory, rng_states, set_rng_states
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm warns that its notebook detection is experimental
@@ -111,12 +111,15 @@ def find_lr(
 
     Raises:
         LRRangeError: the loss never fell, or never rose again.
+        ConfigError: an unknown rule.
     """
+    if rule not in RULES:
+        raise ConfigError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
     model, optimizer = copy.deepcopy((model, optimizer))  # together: the copied optimizer holds the copied parameters
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)  # set by a scheduler; torch-lr-finder would refuse the optimizer
     optimizer.zero_grad()
-    epoch, states = loader.epoch, rng_states()
+    epoch, states = getattr(loader, "epoch", None), rng_states()
     finder = _Sweep(TrainState(model, optimizer, criterion, precision, precision.grad_scaler()))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torch-lr-finder advertises its plot
@@ -125,7 +128,8 @@ def find_lr(
             )
     finally:
         set_rng_states(states)
-        loader.epoch = epoch
+        if epoch is not None:
+            loader.epoch = epoch
     return read_curve(np.array(finder.lrs), np.array(finder.losses), rule)
 
 

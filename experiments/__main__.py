@@ -132,9 +132,9 @@ def run(args: argparse.Namespace) -> None:
     publishes_result = args.publish and args.command in ("seeds", "all")
     if publishes_result:
         report.check_publishable(config_of(plan(stages, "seeds", [])[0]), campaign.dataset)
+    elif args.publish and args.command != "table":
+        check_images(len(campaign.dataset.train_labels), campaign.dataset.description)
     if args.publish:
-        if args.command != "table":
-            check_images(len(campaign.dataset.train_labels), campaign.dataset.description)
         for record in all_records(args.runs, []):
             if record["status"] == "done":
                 held_out = record["test_images"] if record["split"] == "validation" else 0

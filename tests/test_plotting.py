@@ -250,6 +250,12 @@ def test_panels_share_scale_and_colours_and_show_mean_and_range_of_repetitions()
     assert len(many.lines) == 6
 
 
+def test_the_curve_compared_with_shows_where_another_covers_it():
+    same = {"found": np.ones(3), "yours": np.ones(3)}
+    found, yours = plotting.curves({"": same}, "epoch", "learning rate", x=np.arange(3)).axes[0].lines
+    assert found.get_linewidth() > 2 * yours.get_linewidth()
+
+
 def test_confusion_heatmap_shows_percent_of_the_true_class():
     words = texts(plotting.confusion_heatmap(np.array([[8, 2, 0], [0, 10, 0], [0, 0, 0]]), CLASSES))
     for expected in ("80.0", "20.0", "100", "plane", "predicted", "true"):

@@ -355,18 +355,19 @@ def curves(panels: dict[str, dict[str, np.ndarray]], x_label: str, y_label: str,
     Args:
         panels: by panel title, by curve name, (S,) values, or (R, S) for the mean of R repetitions, their range shaded.
         x_label, y_label: of the axes.
-        x: (S,) positions; by default 1, 2, ..., S, each marked with a dot.
+        x: (S,) positions; by default 1, 2, ..., S, each marked with a dot. With x, the first curve is a broad grey band
+            that others are compared with: it shows even where they coincide.
     """
-    colors, marker = (BLUE, ORANGE, GREEN, RED), "o"
+    styles = [{"color": color, "marker": "o", "ms": 3} for color in (BLUE, ORANGE, GREEN, RED)]
     if x is not None:
-        colors, marker = (GREY, BLUE), ""
+        styles = [{"color": GREY, "lw": 7, "alpha": 0.5}, {"color": BLUE}]
     figure, axes = new_figure(3.5, 1, len(panels), squeeze=False, sharey=True)
     for axis, (title, named) in zip(axes[0], panels.items()):
-        for color, (name, values) in zip(itertools.cycle(colors), named.items()):
+        for style, (name, values) in zip(itertools.cycle(styles), named.items()):
             values = np.atleast_2d(values)
             at = np.arange(1, values.shape[1] + 1) if x is None else x
-            axis.plot(at, values.mean(axis=0), color=color, marker=marker, ms=3, label=name)
-            axis.fill_between(at, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
+            axis.plot(at, values.mean(axis=0), label=name, **style)
+            axis.fill_between(at, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, lw=0)
         axis.set(title=title, xlabel=x_label)
         axis.set_ylim(bottom=0)
         axis.legend()

@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--profile",
         choices=configs.PROFILES,
         default=auto,
-        help="full: all images, 24 epochs (an hour or more on a 2-core CPU with bf16, a night without); "
+        help="full: all images, 24 epochs (on two CPU cores with AMX about an hour, without it 3 hours to a night); "
         f"quick: a few minutes on a CPU, but its accuracy means nothing (default here: {auto})",
     )
 
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--range-test-start", type=float, help="LR at which the range test begins (default: 1e-6)")
     recipe.add_argument("--range-test-end", type=float, help="LR at which it ends (default: 1)")
     recipe.add_argument("--range-test-steps", type=int, help="batches of the LR range test (default: 100; quick: 80)")
-    recipe.add_argument("--width", type=int, help="channels of the first layer (default: 64; 32 halves the network)")
+    recipe.add_argument("--width", type=int, help="channels of the first layer (default: 64; 32 halves every layer's)")
     recipe.add_argument("--eval-every", type=int, help="epochs between two tests (default: 1)")
 
     machine = parser.add_argument_group("machine")

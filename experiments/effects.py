@@ -57,7 +57,8 @@ def main_effects(levels: np.ndarray, blocks: np.ndarray, values: np.ndarray) -> 
 def paired(name: str, values: Mapping[int, float], reference: Mapping[int, float]) -> Effect | None:
     """The mean difference over the seeds that both have, and the standard error from the pairs' differences.
 
-    Runs of one seed share images, order and initial weights, whose effect on both cancels.
+    Runs of one seed share images, order and, unless the variant changes them, initial weights: as far as these move both
+    runs alike, they cancel.
 
     Returns:
         None where there is no common seed; a single pair has no error.

@@ -132,21 +132,28 @@ def ablations() -> list[Variant]:
     """The recipe without one of its parts at a time, those that the screen and the confirmation added included."""
     recipe = full()
     added = [factor for factor in FACTORS if getattr(recipe, factor.field) == factor.high]
+    constant = {
+        share: {
+            "schedule": "constant",
+            "lr_max_factor": share * recipe.lr_max_factor,
+            "lr_min_factor": share * recipe.lr_min_factor,  # unused, but it must stay below LRMAX
+        }
+        for share in (0.1, 0.4)
+    }
     return [
         Variant(
             "no residual connections", "what x + R(x) buys over R(x), with the same parameters", {"residual": False}
         ),
         *(
-            Variant(
-                f"constant LR {share} LRMAX",
-                "what a cycle buys over one learning rate",
-                {
-                    "schedule": "constant",
-                    "lr_max_factor": share * recipe.lr_max_factor,
-                    "lr_min_factor": share * recipe.lr_min_factor,  # unused, but it must stay below LRMAX
-                },
-            )
-            for share in (0.1, 0.4)
+            Variant(f"constant LR {share} LRMAX", "what a cycle buys over one learning rate", changes)
+            for share, changes in constant.items()
+        ),
+        # The product of LR and decay, which shrinks the weights, averages half of its peak over a cycle; a constant LR
+        # keeps it at the peak.
+        Variant(
+            "constant LR 0.4, half the decay",
+            "the same with no more decay over the whole run than the recipe has",
+            {**constant[0.4], "decay_at_peak": recipe.decay_at_peak / 2},
         ),
         Variant("no warm-up", "what the way up to LRMAX buys", {"schedule": "no-warm-up"}),
         Variant(

@@ -86,8 +86,8 @@ class CustomResNet(nn.Module):
         num_classes: size of the output, at least 2.
         dropout: probability used after each ReLU.
         logit_scale: the output of the linear layer is multiplied by this. Two residual sums and a max-pool make the raw
-            logits large: an untrained network would start at a loss of about 4.5. Scaled by 1/8 (Page, 2018) it starts
-            near ln 10 = 2.30, the loss of giving every class the same probability.
+            logits large: an untrained network would start at a loss of 3 to 6, depending on its first weights. Scaled
+            by 1/8 (Page, 2018) it starts near ln 10 = 2.30, the loss of giving every class the same probability.
         width: channels of the first layer; the other three have 2, 4 and 8 times as many.
 
     Shapes:

@@ -13,8 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from utils import config as configs
 from utils import runtime
 from utils.dataset import load_dataset
@@ -51,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    auto = "full" if torch.cuda.is_available() else "quick"
+    auto = "full" if runtime.pick_device().type == "cuda" else "quick"
     parser.add_argument(
         "--profile",
         choices=configs.PROFILES,

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu --budget-minutes 9       about 15 minutes in all, into runs/bench/gpu.json
 
-Times 24 epochs, the first and the second time in a process, eager and with each of torch.compile's modes; with a test
-only at the end; bit-identical (``deterministic``); and the usual way beside them. Also measures what a checkpoint
-costs and what a step spends its time on. Each row runs in its own process: one that fails says why, and the others go
+Times 24 epochs, the first and the second time in a process: as they are, bit-identical (``deterministic``), in fp16,
+with a test only at the end, with each of torch.compile's modes, and the usual way beside them. Also measures what a
+checkpoint costs and what a step spends its time on. Each row runs in its own process: one that fails says why, and the others go
 on. Rows that the JSON file already holds are not measured again, so the same command goes on after a time limit.
 """
 
@@ -55,7 +55,7 @@ def config_of(quick: bool, **changes) -> Config:
 def new_run(config: Config, device: str) -> tuple[engine.TrainState, tuple]:
     """A fresh state and its loaders."""
     dataset = load_dataset().subset(config.train_images, config.test_images)
-    precision = pick_precision("auto", torch.device(device))
+    precision = pick_precision(config.precision, torch.device(device))
     seed_everything(config.seed, config.deterministic)
     loaders = make_loaders(dataset, config, precision.device, precision.dtype)
     model = engine.build_model(config, len(dataset.classes))
@@ -144,14 +144,16 @@ def make_rows(args: argparse.Namespace, device: torch.device) -> list[tuple[str,
     usual = make("training", "usual way", images=images, reference=True, num_workers=args.num_workers)
     step = make("step", "a step", images=steps * recipe.batch_size, precision=precision)
     modes = () if args.quick else COMPILE_MODES
+    fp16 = ["fp16"] if precision == "bf16" and device.type == "cuda" else []
     return [
         (part, f"ours, {precision}", partial(time_run, recipe, name)),
         (part, "usual way, fp32, zero padding", partial(time_usual_way, usual, recipe.epochs)),
-        (part, f"ours, {precision}, one test", partial(time_run, config(eval_every=recipe.epochs), name)),
-        *((part, f"ours, compile {mode}", partial(time_run, config(compile=mode), name)) for mode in modes),
         (part, "ours, deterministic", partial(time_run, config(deterministic=True), name)),
+        *((part, f"ours, {other}", partial(time_run, config(precision=other), name)) for other in fp16),
         ("once", "a checkpoint", partial(time_checkpoint, recipe, name)),
         ("once", "a step", partial(profile_step, step)),
+        (part, f"ours, {precision}, one test", partial(time_run, config(eval_every=recipe.epochs), name)),
+        *((part, f"ours, compile {mode}", partial(time_run, config(compile=mode), name)) for mode in modes),
     ]
 
 
@@ -162,15 +164,21 @@ def measure_all(args: argparse.Namespace) -> dict:
     """Measure the rows that the file does not hold yet; returns its content.
 
     Raises:
-        ConfigError: the file's rows were measured under other circumstances.
+        ConfigError: the file's rows were measured under other circumstances, or CIFAR-10 is not here.
     """
     began = time.monotonic()
     device = pick_device(args.device)
+    dataset = load_dataset()
+    if not args.quick and (dataset.is_stand_in or len(dataset.train_labels) != EPOCH_IMAGES):
+        raise ConfigError(
+            f"the times are those of {EPOCH_IMAGES:,} images, but these are {dataset.description}: set CIFAR10_DIR to "
+            "CIFAR-10, or try the command with --quick"
+        )
     fill_in(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / FILE_NAME
     machine = describe_machine(args, device)
-    result = {"machine": machine, "how": "each row in a process of its own", "rows": []}
+    result = {"machine": machine, "data": dataset.description, "how": "each row in a process of its own", "rows": []}
     if path.exists():
         stored = json.loads(path.read_text("utf-8"))
         if stored["machine"] != machine:

@@ -185,6 +185,13 @@ def test_a_row_that_the_time_limit_cuts_is_measured_again_unless_it_needs_more_t
     assert measured == [["30 s"], ["30 s", "50 s"], ["30 s", "50 s", "cut"], ["30 s", "50 s", "cut", "5 s"]]
 
 
+def test_a_gpu_is_never_measured_on_the_digits_instead_of_cifar10(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "load_dataset", lambda: toy)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "the times are those of 50,000 images, but these are " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_everything_for_a_gpu_is_one_command_that_goes_on_where_it_stopped(image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CIFAR10_DIR", str(image_folder))

@@ -34,6 +34,8 @@ from utils.runs.folder import NEWEST, RunFolder
 from utils.runs.job import Job, is_finished, run_job
 from utils.runs.report import ResultsError
 
+CPU = torch.device("cpu")  # elsewhere neither the moments of saving nor the last bits are the same
+
 # --- exactness ------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +112,7 @@ def job(tmp_path, toy, monkeypatch):
     shrink(toy, monkeypatch.setattr)
 
     def job(dataset=toy, **changes) -> Job:
-        return Job(tiny_config(train_images=None, test_images=None, **changes), dataset, tmp_path / "run")
+        return Job(tiny_config(train_images=None, test_images=None, **changes), dataset, tmp_path / "run", device=CPU)
 
     with job() as first:
         first.find_range()
@@ -119,7 +121,7 @@ def job(tmp_path, toy, monkeypatch):
 
 @pytest.mark.parametrize("again", ["the cell of the range test", "the cell of the training"])
 def test_an_interrupted_cell_run_again_continues_from_the_checkpoint(tmp_path, toy, job, again, monkeypatch):
-    with Job(tiny_config(train_images=None, test_images=None), toy, tmp_path / "left-alone") as expected:
+    with Job(tiny_config(train_images=None, test_images=None), toy, tmp_path / "left-alone", device=CPU) as expected:
         expected.fit()
     with job() as interrupted, monkeypatch.context() as patch:
         at_step(STEPS + 7, lambda: signal.raise_signal(signal.SIGINT), patch.setattr)
@@ -135,13 +137,13 @@ def test_an_interrupted_cell_run_again_continues_from_the_checkpoint(tmp_path, t
 
 def test_a_cell_run_again_after_its_first_save_failed_saves_the_untrained_network(tmp_path, toy, job, monkeypatch):
     config = tiny_config(train_images=None, test_images=None)
-    with Job(config, toy, tmp_path / "left-alone") as expected:
+    with Job(config, toy, tmp_path / "left-alone", device=CPU) as expected:
         expected.fit()
 
     def full(*args):
         raise CheckpointError("the disk is full")
 
-    with Job(config, toy, tmp_path / "full") as again:
+    with Job(config, toy, tmp_path / "full", device=CPU) as again:
         with monkeypatch.context() as patch:
             patch.setattr(RunFolder, "save", full)
             with pytest.raises(CheckpointError):

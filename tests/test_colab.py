@@ -16,13 +16,12 @@ from tests.test_imports import imported
 from utils import colab
 
 ROOT = colab.ROOT
-# Stands in for torch, which is slow to import, and for Colab's own module.
+# Stands in for the module that imports torch, which is slow, and for Colab's own module.
 DOWNLOAD = """
-import importlib.machinery, sys, types
-sys.modules["torch"] = torch = types.ModuleType("torch")
-torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
-torch.cuda = mps = types.SimpleNamespace(is_available=lambda: False)
-torch.backends = types.SimpleNamespace(mps=mps)
+import sys, types
+sys.modules["utils.runtime"] = runtime = types.ModuleType("utils.runtime")
+runtime.pick_device = lambda: types.SimpleNamespace(type="cpu")
+runtime.device_name = str
 """
 COLAB = (
     DOWNLOAD

@@ -36,7 +36,7 @@ from utils.runs.checkpoint import decode
 from utils.runs.folder import NEWEST, PREVIOUS, RunFolder, RunLockedError
 from utils.runs.machine import CompileError, LoaderError, OutOfMemoryError, explain_failures
 from utils.runs.weights import WEIGHTS_NAME
-from utils.runtime import PROJECT_ROOT
+from utils.runtime import PROJECT_ROOT, ConfigError
 
 LOADER = ("--pipeline", "albumentations", "--num-workers", "1")
 
@@ -278,7 +278,14 @@ def test_a_run_whose_folder_was_taken_over_claims_no_epochs(tmp_path, toy):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OutOfMemoryError, "such as 256"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), OutOfMemoryError, "such as 256"),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), OutOfMemoryError, "such as 256"),
+        (RuntimeError("FIND was unable to find an engine to execute"), OutOfMemoryError, "such as 256"),
         (RuntimeError("could not create a primitive"), OutOfMemoryError, "such as 256"),
+        (
+            RuntimeError("you must set CUBLAS_WORKSPACE_CONFIG=:4096:8"),
+            ConfigError,
+            "^deterministic is True, .* restart",
+        ),
         (MemoryError(), OutOfMemoryError, "such as 256"),
         (RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "), LoaderError, "died .*: resume"),
         (
@@ -296,7 +303,9 @@ def test_every_kind_of_machine_failure_is_explained_in_one_line(error, kind, wor
     with pytest.raises(kind, match=words) as caught, explain_failures(512):
         raise error
     assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, (OutOfMemoryError, LoaderError, CompileError)) == (kind is not RuntimeError)
+    assert isinstance(caught.value, (OutOfMemoryError, LoaderError, CompileError, ConfigError)) == (
+        kind is not RuntimeError
+    )
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -60,9 +60,40 @@ def test_fp16_on_a_cpu_is_refused_with_the_alternatives():
 )
 def test_the_automatic_device_is_the_fastest_one(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert pick_device("auto").type == expected
     assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 9), ["sm_75", "sm_80", "sm_90"], True),  # as on 8.0
+        ((6, 0), ["sm_75", "sm_80"], False),
+        ((7, 0), ["sm_75", "compute_75"], False),
+        ((9, 0), ["sm_75", "sm_80"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((9, 4), ["gfx90a", "gfx942"], True),  # AMD
+    ],
+)
+def test_a_gpu_that_this_torch_has_no_code_for_is_not_used(monkeypatch, capability, built_for, runs):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    if runs:
+        assert pick_device("auto").type == pick_device("cuda").type == "cuda"
+        return
+    reason = rf"has no code for Tesla P100 \(compute capability {capability[0]}\.{capability[1]}\)"
+    with pytest.warns(UserWarning, match=f"{reason}: computing without it"):
+        assert pick_device("auto").type == "cpu"
+    with pytest.raises(ConfigError, match=f"device is 'cuda', but torch .* {reason}: choose another GPU"):
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +117,8 @@ def test_a_missing_device_is_refused_with_the_alternatives(monkeypatch, name, gp
 def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device("cuda:1") == torch.device("cuda", 1)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import train
 from tests.small_runs import EPOCHS, GIVEN_LRS, arguments, shrink
@@ -14,7 +13,7 @@ from utils.runs import report
 from utils.runs.checkpoint import decode
 from utils.runs.folder import NEWEST
 from utils.runs.weights import WEIGHTS_NAME, load_model
-from utils.runtime import PROJECT_ROOT, write_atomically
+from utils.runtime import PROJECT_ROOT, pick_device, write_atomically
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def test_flags_reach_the_config():
     assert (config.batch_size, config.epochs, config.peak_epoch, config.range_test_steps) == (32, 9, 3, 33)
     assert (config.pipeline, config.num_workers, config.precision) == ("albumentations", 1, "bf16")
     assert config.deterministic
-    assert make_config("").profile == ("full" if torch.cuda.is_available() else "quick")
+    assert make_config("").profile == ("full" if pick_device().type == "cuda" else "quick")
 
 
 @pytest.mark.parametrize(

@@ -116,11 +116,12 @@ def mount_drive(folder: str = "session10") -> Path:
 
 def gpu_advice() -> str:
     """A sentence about the GPU: its name, or how to get one."""
-    import torch  # here, since the module must import before packages are installed
+    from utils.runtime import device_name, pick_device  # here, since torch may not be installed before
 
-    if torch.cuda.is_available():
-        return f"GPU: {torch.cuda.get_device_name()}. The full profile runs here."
-    if torch.backends.mps.is_available():
+    device = pick_device()
+    if device.type == "cuda":
+        return f"GPU: {device_name(device)}. The full profile runs here."
+    if device.type == "mps":
         return "Apple GPU: the quick profile runs here in a few minutes."
     if on_colab():
         return "No GPU: choose Runtime > Change runtime type > T4 GPU, or go on with the quick profile on the CPU."

@@ -164,6 +164,7 @@ class TrainState:
         precision: the forward pass runs under its autocast.
         averages: running averages of the weights; the first is tested, the others are kept for comparison.
         parallel: ``model`` wrapped for training on several devices, or None.
+        is_compiled: ``model`` was given to ``torch.compile``.
         last_lr: the LR of the latest step.
     """
 
@@ -175,6 +176,7 @@ class TrainState:
     scheduler: LRScheduler | None = None
     averages: list[WeightAverage] = field(default_factory=list)
     parallel: nn.Module | None = None
+    is_compiled: bool = False
     history: History = field(default_factory=History)
     last_lr: float = float("nan")
 
@@ -215,10 +217,11 @@ def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_
         decays = [min(decay, 1 - 1 / memory) for decay in decays]
         every = 1
     averages = [WeightAverage(model, decay, every) for decay in decays]
-    if config.compile != "off":
+    is_compiled = config.compile != "off"
+    if is_compiled:
         model.compile(mode=config.compile, dynamic=False)  # a smaller last batch gets its own code
-    scaler = precision.grad_scaler()
-    return TrainState(model, optimizer, make_criterion(config), precision, scaler, scheduler, averages)
+    criterion, scaler = make_criterion(config), precision.grad_scaler()
+    return TrainState(model, optimizer, criterion, precision, scaler, scheduler, averages, is_compiled=is_compiled)
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -357,7 +360,7 @@ def with_progress_bar(
         for batch in bar:
             state.last_lr = state.lr
             lrs.append(state.last_lr)
-            if state.precision.device.type == "cuda":
+            if state.is_compiled:
                 torch.compiler.cudagraph_mark_step_begin()  # the last step's CUDA graphs may be overwritten
             yield batch
             if description is not None and time.monotonic() - bar_read > BAR_SECONDS:

@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import random
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +84,19 @@ def set_rng_states(states: dict) -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """The device to train on. ``"auto"`` prefers CUDA, then Apple's mps, then the CPU.
 
-    ``"cuda:1"`` also becomes the current GPU, for code that does not name one.
+    ``"cuda:1"`` also becomes the current GPU, for code that does not name one. A GPU that this torch was not built for is
+    not chosen, with a warning.
 
     Raises:
-        ConfigError: torch does not know the device, or this machine does not have it.
+        ConfigError: torch does not know the device or was not built for it, or this machine does not have it.
     """
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
+        if has["cuda"] and (reason := _why_unusable(torch.device("cuda"))):
+            warnings.warn(f"{reason}: computing without it", stacklevel=2)
+            has["cuda"] = False
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+        return torch.device(name)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -103,7 +110,27 @@ def pick_device(name: str = "auto") -> torch.device:
         if device.index >= count:
             raise ConfigError(f"device is {name!r}, but this machine has {count} GPU(s), counted from 0")
         torch.cuda.set_device(device)
+    if device.type == "cuda" and (reason := _why_unusable(device)):
+        raise ConfigError(f"device is {name!r}, but {reason}: choose another GPU, such as a T4, or --device cpu")
     return device
+
+
+def _why_unusable(gpu: torch.device) -> str | None:
+    """Why this torch has no code for ``gpu``; None if it has.
+
+    Code for ``sm_80`` runs on compute capability 8.0 and on later ones of the same generation, ``compute_80`` on all
+    later ones.
+    """
+    capability = torch.cuda.get_device_capability(gpu)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    if not all(built):  # AMD's GPUs have other names
+        return None
+    for kind, *digits in (match.groups() for match in built):
+        major, minor = map(int, digits)
+        if (major, minor) <= capability and (kind == "compute" or major == capability[0]):
+            return None
+    number = ".".join(map(str, capability))
+    return f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(gpu)} (compute capability {number})"
 
 
 def set_threads(count: int) -> None:

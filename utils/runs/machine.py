@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import torch
 
-from utils.runtime import PROJECT_ROOT, Precision, Session10Error, cpu_has
+from utils.runtime import PROJECT_ROOT, ConfigError, Precision, Session10Error, cpu_has
 
 OLDEST_TRITON_GPU = (8, 0)  # compute capability
 
@@ -64,6 +64,8 @@ def packing_pays(precision: Precision) -> bool:
 _OUT_OF_MEMORY = (
     "out of memory",
     "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "unable to find an engine",
     "not enough memory",
     "can't allocate memory",
     "could not create a primitive",
@@ -85,6 +87,7 @@ def explain_failures(batch_size: int | None = None):
         LoaderError: a DataLoader worker died, or shared memory ran out.
         RankError: gloo or NCCL failed, mostly since another process of the run ended.
         CompileError: ``torch.compile`` found no working C++ compiler or Triton.
+        ConfigError: ``deterministic`` came too late for this process.
     """
     try:
         yield
@@ -108,6 +111,11 @@ def explain_failures(batch_size: int | None = None):
             raise OutOfMemoryError(
                 f"out of memory with batch_size {batch_size}: start anew with a smaller one, such as "
                 f"{max(1, batch_size // 2)}, or free memory that other programs use and resume"
+            ) from error
+        if says("CUBLAS_WORKSPACE_CONFIG"):  # cuBLAS reads it at its first call in a process
+            raise ConfigError(
+                "deterministic is True, but this process has used the GPU without it: restart it (in a notebook, the "
+                "kernel) and run it again"
             ) from error
         if torch.distributed.is_available() and torch.distributed.is_initialized() and says(*_DEAD_RANK):
             cause = " ... ".join(dict.fromkeys([reason, text.splitlines()[-1].strip()]))  # NCCL's comes last

@@ -129,7 +129,7 @@ def is_regularized(name: str) -> bool:
 
 
 def ablations() -> list[Variant]:
-    """The recipe without one of its parts at a time, those that the screen and the confirmation added included."""
+    """The recipe without one part at a time, those that the screen and the confirmation added included, and a control."""
     recipe = full()
     added = [factor for factor in FACTORS if getattr(recipe, factor.field) == factor.high]
     constant = {
@@ -148,8 +148,8 @@ def ablations() -> list[Variant]:
             Variant(f"constant LR {share} LRMAX", "what a cycle buys over one learning rate", changes)
             for share, changes in constant.items()
         ),
-        # The product of LR and decay, which shrinks the weights, averages half of its peak over a cycle; a constant LR
-        # keeps it at the peak.
+        # The control: the product of LR and decay, which shrinks the weights, averages half of its peak over a cycle; a
+        # constant LR keeps it at the peak.
         Variant(
             "constant LR 0.4, half the decay",
             "the same with no more decay over the whole run than the recipe has",

@@ -4,8 +4,9 @@
 
 Times 24 epochs, the first and the second time in a process: as they are, bit-identical (``deterministic``), in fp16,
 with a test only at the end, with each of torch.compile's modes, and the usual way beside them. Also measures what a
-checkpoint costs and what a step spends its time on. Each row runs in its own process: one that fails says why, and the others go
-on. Rows that the JSON file already holds are not measured again, so the same command goes on after a time limit.
+checkpoint costs and what a step spends its time on. Each row runs in its own process: one that fails says why, and the
+others go on. Rows that the JSON file already holds are not measured again, so the same command goes on after a time
+limit.
 """
 
 from __future__ import annotations

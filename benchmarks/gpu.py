@@ -145,12 +145,12 @@ def make_rows(args: argparse.Namespace, device: torch.device) -> list[tuple[str,
     usual = make("training", "usual way", images=images, reference=True, num_workers=args.num_workers)
     step = make("step", "a step", images=steps * recipe.batch_size, precision=precision)
     modes = () if args.quick else COMPILE_MODES
-    fp16 = ["fp16"] if precision == "bf16" and device.type == "cuda" else []
+    others = ("fp16",) if precision == "bf16" and device.type == "cuda" else ()
     return [
         (part, f"ours, {precision}", partial(time_run, recipe, name)),
         (part, "usual way, fp32, zero padding", partial(time_usual_way, usual, recipe.epochs)),
         (part, "ours, deterministic", partial(time_run, config(deterministic=True), name)),
-        *((part, f"ours, {other}", partial(time_run, config(precision=other), name)) for other in fp16),
+        *((part, f"ours, {other}", partial(time_run, config(precision=other), name)) for other in others),
         ("once", "a checkpoint", partial(time_checkpoint, recipe, name)),
         ("once", "a step", partial(profile_step, step)),
         (part, f"ours, {precision}, one test", partial(time_run, config(eval_every=recipe.epochs), name)),

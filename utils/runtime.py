@@ -93,7 +93,7 @@ def pick_device(name: str = "auto") -> torch.device:
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         if has["cuda"] and (reason := _why_unusable(torch.device("cuda"))):
-            warnings.warn(f"{reason}: computing without it", stacklevel=2)
+            warnings.warn(f"{reason}: computing without it", stacklevel=1)  # one place, so one warning a process
             has["cuda"] = False
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
         return torch.device(name)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models import CustomResNet
 from utils.engine import predict_batches
 from utils.runtime import Precision
-from utils.sources.image_folder import read_image
 from utils.transforms import normalize
 
 
@@ -46,14 +46,14 @@ class Predictions:
         return float(-np.log(np.maximum(true, np.finfo(np.float32).tiny)).mean())
 
 
-def predict(model: nn.Module, loader: Iterable, *, precision: Precision, tta: bool = False) -> Predictions:
+def predict(model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none") -> Predictions:
     """Class probabilities for every image of an unshuffled ``loader``, in eval mode.
 
     Args:
         model: the network.
         loader: (B, 3, 32, 32) float images and (B,) int64 labels.
         precision: of the forward pass.
-        tta: average the logits of each image and its mirror image first.
+        tta: test-time augmentation, see ``engine.tta_logits``.
     """
     probabilities, labels = [], []
     for logits, batch_labels in predict_batches(model, loader, precision=precision, tta=tta):
@@ -102,13 +102,7 @@ class Mistakes:
 
 
 def confident_mistakes(predictions: Predictions, count: int | None = None) -> Mistakes:
-    """The ``count`` wrong answers that the network was surest of; all of them for None or a larger ``count``.
-
-    Raises:
-        ValueError: a negative ``count``.
-    """
-    if count is not None and count < 0:
-        raise ValueError(f"count is {count}: ask for 0 mistakes or more")
+    """The ``count`` wrong answers that the network was surest of; all of them for None or a larger ``count``."""
     predicted = predictions.predicted
     wrong = np.flatnonzero(predicted != predictions.labels)
     confidence = predictions.probabilities[wrong, predicted[wrong]]
@@ -131,28 +125,34 @@ def frequent_confusions(predictions: Predictions, count: int = 5) -> list[tuple[
     return [(true, answer, int(matrix[true, answer])) for true, answer in pairs if matrix[true, answer]]
 
 
-def classify_file(
-    model: CustomResNet, path: str | Path, classes: Sequence[str], top: int = 3
-) -> list[tuple[str, float]]:
-    """The ``top`` most probable classes of a picture file, as (name, probability in [0, 1]).
+def classify(model: CustomResNet, pixels: np.ndarray, classes: Sequence[str], top: int = 3) -> list[tuple[str, float]]:
+    """The ``top`` most probable classes of one picture, as (name, probability in [0, 1]).
 
     Args:
         model: the network, on any device.
-        path: a picture of any size.
+        pixels: (32, 32, 3) uint8, as from ``sources.pictures.read_image``.
         classes: the names of the model's classes, in the order of its outputs.
         top: how many to name; all classes if there are fewer.
-
-    Raises:
-        ValueError: the number of names is not the model's number of outputs.
-        DatasetError: the file is missing or not an image.
     """
-    pixels = torch.from_numpy(read_image(path).copy())[None]
-    device = next(model.parameters()).device
-    probabilities = model.predict_proba(normalize(pixels.to(device)))[0]
-    if len(classes) != len(probabilities):
-        raise ValueError(
-            f"{len(classes)} class names for a network with {len(probabilities)} outputs: "
-            "give the names it was trained with"
-        )
-    values, numbers = probabilities.topk(min(top, len(classes)))
+    images = normalize(torch.tensor(pixels[None], device=next(model.parameters()).device))
+    values, numbers = model.predict_proba(images)[0].topk(min(top, len(classes)))
     return [(classes[number], value) for number, value in zip(numbers.tolist(), values.tolist())]
+
+
+def class_activation_maps(model: CustomResNet, images: Tensor, classes: Sequence[int]) -> np.ndarray:
+    """Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391): the evidence for ``classes``, one per image.
+
+    The maps of the layer before the last pooling are summed, each weighted with the mean of its gradient; evidence
+    against the class is cut off. ``images`` are (N, 3, 32, 32) float32, normalized, on the model's device.
+
+    Returns:
+        (N, 32, 32) float32 in [0, 1], all zero where nothing speaks for the class.
+    """
+    model, maps = copy.deepcopy(model).eval(), []
+    model.layer3.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    logits = model(images)
+    wanted = logits[torch.arange(len(images)), torch.as_tensor(classes)]
+    (gradients,) = torch.autograd.grad(wanted.sum(), maps[0])
+    evidence = F.relu((gradients.mean(dim=(2, 3), keepdim=True) * maps[0]).sum(dim=1, keepdim=True))
+    evidence = evidence / evidence.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(evidence.dtype).tiny)
+    return F.interpolate(evidence, size=images.shape[2:], mode="bilinear")[:, 0].detach().cpu().numpy()

@@ -1,181 +1,24 @@
-"""Every hyperparameter of Session 10, defined once, with the reason for its value."""
+"""Every hyperparameter of Session 10, defined once, with the reason for its value.
+
+The flags of ``train.py`` and their help are made from it.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+import argparse
+import dataclasses
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
 from utils.runtime import ConfigError
 
-PROFILES = ("full", "quick")
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
-class Config:
-    """The settings of one training run. Frozen: ``dataclasses.replace`` makes a variant.
-
-    Raises:
-        ConfigError: a setting has the wrong type or is out of range, or several do not go together.
-    """
-
-    profile: Literal[PROFILES] = "full"
-
-    # --- data -------------------------------------------------------------------------------------------------
-    train_images: Count | None = None  # None: all; else the size of a class-balanced subset
-    test_images: Count | None = None
-    batch_size: Count = 512
-    eval_batch_size: Count = 1000  # larger, since there are no gradients; it does not change the accuracy
-    pipeline: Literal["batched", "albumentations"] = "batched"  # many images at once on the device, or image by image
-    num_workers: Annotated[int, Field(ge=0)] = 2  # loader processes, for "albumentations"; "batched" needs none
-
-    # --- augmentation: the assignment's pad 4, crop 32, flip, cutout 8x8 -----------------------------------------
-    pad: Annotated[int, Field(ge=0, le=31)] = 4  # pixels on *each* side: the 32x32 crop moves by up to 4 either way
-    pad_mode: Literal["reflect", "constant"] = "reflect"  # mirror the image at its border, or use the mean colour
-    flip: bool = True
-    # "batched" only: mirror each image in every other epoch, instead of at random (see BatchedLoader).
-    alternate_flip: bool = True
-    cutout: Annotated[int, Field(ge=0, le=32)] = 8  # side of the square filled with the mean colour; 0: none
-
-    # --- model ------------------------------------------------------------------------------------------------
-    width: Count = 64  # channels of the first layer; 32 halves every layer
-    dropout: Fraction = 0.0  # augmentation and 24 short epochs regularize enough
-    logit_scale: Positive = 0.125  # makes the loss start near ln 10 (see models/custom_resnet.py)
-    residual: bool = True  # False: R(x) instead of x + R(x), the ablation this lesson is about
-    conv_padding: Literal["zeros", "replicate"] = "zeros"  # what pads the input of a convolution
-    norm_momentum: Fraction = 0.1  # how far batch norm's running statistics move per step
-    # Batch norm over groups of this many images, whose noise regularizes a little; 0: over the whole batch.
-    ghost_batch: Annotated[int, Field(ge=0)] = 64
-    # "patches": the first filters are computed from patches of the train images, and the other convolutions start near
-    # the identity (see models/variants.py).
-    init: Literal["default", "patches"] = "patches"
-
-    # --- optimizer: Adam ----------------------------------------------------------------------------------------
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.99  # averages over 100 steps; 0.999 would span 10 of the 24 epochs
-    eps: Positive = 1e-8
-    # Decoupled weight decay shrinks the weights by a share of lr * weight_decay per step. The setting is this product
-    # at the peak: weight_decay = decay_at_peak / LRMAX, which the range test finds.
-    decay_at_peak: Annotated[float, Field(ge=0)] = 1.5e-3
-    coupled_decay: Annotated[float, Field(ge=0)] = 0.0  # above 0: Adam with an L2 penalty of this size instead
-    decay_norm_and_bias: bool = True  # False: no decay of batch norm's weights and the biases
-    label_smoothing: Fraction = 0.2  # chosen over 0.1 by the confirmation (experiments/results/README.md)
-    ema_decay: Fraction = 0.99  # per step: averages over about 100. The averaged weights are tested; 0: no average
-    ema_also: tuple[Fraction, ...] = ()  # further averages, kept to compare their lengths
-    ema_every: Count = 5  # steps between two updates, each with ema_decay ** ema_every
-
-    # --- one cycle ------------------------------------------------------------------------------------------------
-    epochs: Count = 24
-    peak_epoch: Count = 5  # the LR peaks at the last step of this epoch
-    schedule: Literal["one-cycle", "constant", "no-warm-up", "annihilation"] = "one-cycle"  # the others: ablations
-    lr_min: Positive | None = None  # None: found by the range test, as is lr_max
-    lr_max: Positive | None = None
-    # From where learning begins to where it no longer helps: the low end lets the cycle anneal further.
-    lr_rule: Literal["steepest-minimum", "valley-minimum", "tenth-minimum", "onset-minimum"] = "onset-minimum"
-    lr_min_factor: Positive = 1.0  # the ends of the cycle as multiples of what the rule finds
-    lr_max_factor: Positive = 1.0
-    cycle_beta1: bool = False  # False: only the LR cycles, beta1 stays constant
-
-    # --- LR range test --------------------------------------------------------------------------------------------
-    range_test_start: Positive = 1e-6  # low enough to show the flat part of the curve
-    range_test_end: Positive = 1.0  # far beyond the minimum
-    range_test_steps: Annotated[int, Field(ge=20)] = 100  # fewer make the curve unreadable
-
-    # --- run ------------------------------------------------------------------------------------------------------
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    eval_every: Count = 1  # epochs between two tests; the last epoch is always tested
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # see utils/runtime.py
-    deterministic: bool = False  # CUDA only: bit-identical reruns; CPU runs always are
-    packed: Literal["auto", "on", "off"] = "auto"  # see models/packed.py: faster on a CPU with AMX, in bf16
-    # Modes of torch.compile; "reduce-overhead" and "max-autotune" use CUDA graphs.
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "off"
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _validate(cls, values: Any, handler) -> Config:
-        try:
-            config = handler(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            if first["type"] == "unexpected_keyword_argument":
-                raise ConfigError(f"{name} is not a setting: utils/config.py lists them all") from None
-            if first["type"] == "unexpected_positional_argument":
-                raise ConfigError(f"{first['input']!r} has no name: name every setting, as in seed=3") from None
-            reason = first["msg"].replace("Input should be", "it should be")
-            value = values.kwargs[name] if isinstance(values, ArgsKwargs) else first["input"]
-            raise ConfigError(f"{name} is {value!r}: {reason}") from None
-        config._check_together()
-        return config
-
-    def _check_together(self) -> None:
-        if self.train_images is not None and self.batch_size > self.train_images:
-            raise ConfigError(
-                f"batch_size is {self.batch_size}: it is larger than the train set of {self.train_images} images; "
-                f"lower it to {self.train_images} or less"
-            )
-        if self.ghost_batch == 1:
-            raise ConfigError(
-                "ghost_batch is 1: the statistics of a group need at least 2 images; the usual groups are 32 to 64, and 0 "
-                "normalizes over the whole batch"
-            )
-        if self.epochs <= self.peak_epoch:
-            raise ConfigError(
-                f"epochs is {self.epochs}: the LR peaks at epoch {self.peak_epoch} and needs a later one to come down; "
-                f"train for at least {self.peak_epoch + 1} epochs or lower peak_epoch"
-            )
-        if (self.lr_min is None) != (self.lr_max is None):
-            raise ConfigError(
-                f"lr_min is {self.lr_min} and lr_max is {self.lr_max}: give both to skip the range test, or neither to "
-                "run it"
-            )
-        if self.lr_min is not None and self.lr_min >= self.lr_max:
-            raise ConfigError(f"lr_min is {self.lr_min}: it must be below lr_max, which is {self.lr_max}")
-        if self.range_test_start >= self.range_test_end:
-            raise ConfigError(
-                f"range_test_start is {self.range_test_start}: it must be below range_test_end, which is "
-                f"{self.range_test_end}"
-            )
-
-    def to_dict(self) -> dict:
-        """The settings as plain JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-
-
-def with_defaults(saved: dict) -> dict:
-    """``saved``, from an earlier ``Config.to_dict()``, completed: a setting it lacks is newer and had its default."""
-    return {**Config().to_dict(), **saved}
-
-
-def changed_settings(saved: dict, config: Config) -> list[str]:
-    """Where ``saved``, from an earlier ``Config.to_dict()``, differs from ``config``, in words."""
-    saved, here = with_defaults(saved), config.to_dict()
-    return [f"{name} {saved[name]!r} there, {here[name]!r} here" for name in here if saved[name] != here[name]]
-
-
-def choices(setting: str) -> tuple[str, ...]:
-    """The values that a setting of ``Config`` may have, if they are words."""
-    return get_args(get_type_hints(Config)[setting])
-
-
-def full(**changes) -> Config:
-    """The recipe: all images, 24 epochs, batch 512, with ``changes`` to single settings."""
-    return Config(**changes)
-
-
-def quick(**changes) -> Config:
-    """The same code on few images and for few epochs: minutes on a laptop. Its accuracy means nothing.
-
-    A smaller batch leaves enough steps to see the cycle work.
-    """
-    settings = dict(
-        profile="quick",
+# What each profile changes. "quick" is the same code on few images and for few epochs: minutes on a laptop, and its
+# accuracy means nothing. Its smaller batch leaves enough steps to see the cycle work.
+PROFILES = {
+    "full": {},
+    "quick": dict(
         train_images=2500,
         test_images=1000,
         batch_size=64,
@@ -183,16 +26,158 @@ def quick(**changes) -> Config:
         peak_epoch=2,
         range_test_steps=80,
         ema_decay=0.9,  # averages over 10 steps; 100 would be nearly half of this run
-    )
-    return Config(**{**settings, **changes})
+    ),
+}
+SCHEDULES = ("one-cycle", "constant", "no-warm-up", "low-end", "annihilation")
+LR_RULES = ("steepest-minimum", "valley-minimum", "tenth-minimum", "onset-minimum")
+
+
+def _is(kind: Any, description: str, **limits) -> Any:
+    """A setting's type, the text of its flag, and pydantic's limits (ge: at least, gt: above, lt: below)."""
+    return Annotated[kind, Field(description=description, **limits)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Config:
+    """The settings of one training run. Frozen: ``dataclasses.replace`` makes a variant.
+
+    Raises:
+        pydantic.ValidationError: a setting has the wrong type or is out of range, or several do not go together;
+            ``from_profile`` makes a ``ConfigError`` of it.
+    """
+
+    profile: _is(Literal[tuple(PROFILES)], "full: the recipe; quick: minutes on a CPU, for its workings only") = "full"
+
+    # --- data -------------------------------------------------------------------------------------------------
+    train_images: _is(int | None, "size of a class-balanced subset; None: all", ge=1) = None
+    test_images: _is(int | None, "the same for the test set", ge=1) = None
+    batch_size: _is(int, "images per step", ge=1) = 512
+    pipeline: _is(Literal["batched", "albumentations"], "augment batches on the device, or in workers") = "batched"
+    num_workers: _is(int, "loader processes of the albumentations pipeline", ge=0) = 2
+
+    # --- augmentation: the assignment's pad 4, crop 32, flip, cutout 8x8 -----------------------------------------
+    pad: _is(int, "reflected pixels on each side: the 32x32 crop moves by up to as many either way", ge=0, le=31) = 4
+    flip: _is(bool, "mirror images left-right; off where the direction matters (arrows, letters)") = True
+    alternate_flip: _is(bool, "batched: mirror each image in every other epoch, not at random") = True
+    cutout: _is(int, "side of the square filled with the mean colour; 0: none", ge=0, le=32) = 8
+
+    # --- model ------------------------------------------------------------------------------------------------
+    width: _is(int, "channels of the first layer; 32 halves every layer", ge=1) = 64
+    dropout: _is(float, "after each ReLU; augmentation and 24 short epochs regularize enough", ge=0, lt=1) = 0.0
+    residual: _is(bool, "x + R(x); off: R(x), the ablation this lesson is about") = True
+    ghost_batch: _is(int, "images per group of batch norm, whose noise regularizes; 0: the whole batch", ge=0) = 64
+    init: _is(Literal["default", "patches"], "first filters: torch's, or models/patches.py's") = "patches"
+
+    # --- optimizer: Adam ----------------------------------------------------------------------------------------
+    beta1: _is(float, "Adam's memory of gradients", ge=0, lt=1) = 0.9
+    # 0.999 would remember 10 of the 24 epochs, 0.99 remembers 100 steps.
+    beta2: _is(float, "Adam's memory of squared gradients", ge=0, lt=1) = 0.99
+    # Decoupled weight decay shrinks the weights by a share of lr * weight_decay per step.
+    decay_at_peak: _is(float, "this product at the peak: weight_decay = decay_at_peak / LRMAX", ge=0) = 1.5e-3
+    coupled_decay: _is(float, "above 0: an L2 penalty of this size instead", ge=0) = 0.0
+    label_smoothing: _is(float, "chosen by the search (experiments/results/README.md)", ge=0, lt=1) = 0.2
+    ema_decay: _is(float, "of the averaged weights, which are tested, per step; 0: no average", ge=0, lt=1) = 0.99
+
+    # --- one cycle ------------------------------------------------------------------------------------------------
+    epochs: _is(int, "length of the cycle", ge=1) = 24
+    peak_epoch: _is(int, "the LR peaks at the last step of this epoch", ge=1) = 5
+    schedule: _is(Literal[SCHEDULES], "one-cycle, or an ablation's") = "one-cycle"
+    lr_min: _is(float | None, "with lr_max: skips the range test, which finds both", gt=0) = None
+    lr_max: _is(float | None, "with lr_min: the LR at the peak", gt=0) = None
+    # From where learning begins to where it no longer helps: the low end lets the cycle anneal further.
+    lr_rule: _is(Literal[LR_RULES], "how LRMIN and LRMAX are read off the range test") = "onset-minimum"
+    lr_scale: _is(float, "multiplies what the range test finds, for ablations", gt=0) = 1.0
+
+    # --- LR range test --------------------------------------------------------------------------------------------
+    range_test_start: _is(float, "low enough to show the flat part of the curve", gt=0) = 1e-6
+    range_test_end: _is(float, "far beyond the minimum", gt=0) = 1.0
+    range_test_steps: _is(int, "one batch each; fewer than 20 make the curve unreadable", ge=20) = 100
+
+    # --- run ------------------------------------------------------------------------------------------------------
+    seed: _is(int, "of weights, order and augmentation", ge=0, lt=2**63) = 0
+    eval_every: _is(int, "epochs between two tests; the last epoch is always tested", ge=1) = 1
+    precision: _is(Literal["auto", "fp32", "bf16", "fp16"], "auto: the fastest that is safe on this machine") = "auto"
+    deterministic: _is(bool, "CUDA only: bit-identical reruns; CPU runs always are") = False
+    packed: _is(Literal["auto", "on", "off"], "small maps side by side (models/packed.py); auto: with AMX") = "auto"
+    recorded: _is(Literal["auto", "off"], "auto: on CUDA the step is recorded once and replayed") = "auto"
+    compile: _is(Literal["off", "default"], "torch.compile: minutes at the start, faster GPU steps") = "off"
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Config:
+        if self.ghost_batch == 1:
+            raise ValueError("ghost_batch is 1: statistics need 2 images; usual are 32 to 64, or 0 for the whole batch")
+        if self.epochs <= self.peak_epoch:
+            raise ValueError(
+                f"epochs is {self.epochs}: the LR peaks at epoch {self.peak_epoch} and needs a later one to come down; "
+                "raise epochs or lower peak_epoch"
+            )
+        if (self.lr_min is None) != (self.lr_max is None):
+            raise ValueError(f"lr_min is {self.lr_min} and lr_max is {self.lr_max}: give both, or neither")
+        if self.lr_min is not None and self.lr_min >= self.lr_max:
+            raise ValueError(f"lr_min is {self.lr_min}: it must be below lr_max, which is {self.lr_max}")
+        if self.range_test_start >= self.range_test_end:
+            raise ValueError(f"range_test_start is {self.range_test_start}: it must be below range_test_end")
+        return self
+
+    def to_dict(self) -> dict:
+        """The settings as plain JSON values."""
+        return dataclasses.asdict(self)
 
 
 def from_profile(name: str, **changes) -> Config:
-    """The profile called ``name``, with ``changes`` to single settings.
+    """The profile called ``name``, with ``changes`` to single settings; text, as from a command line, is converted.
 
     Raises:
-        ConfigError: ``name`` is not one of ``PROFILES``.
+        ConfigError: there is no such profile, or a setting cannot work.
     """
     if name not in PROFILES:
         raise ConfigError(f"profile is {name!r}: choose one of {', '.join(PROFILES)}")
-    return {"full": full, "quick": quick}[name](**changes)
+    try:
+        return Config(profile=name, **{**PROFILES[name], **changes})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        setting = "".join(map(str, first["loc"][:1]))
+        raise ConfigError(f"{setting} is {first['input']!r}: {reason}" if setting else reason) from None
+
+
+def changed_settings(saved: dict, config: Config) -> list[str]:
+    """Where ``saved``, from an earlier ``Config.to_dict()``, differs from ``config``, as text.
+
+    A setting that ``saved`` lacks is newer and had its default; one that no longer exists is ignored.
+    """
+    saved = {**Config().to_dict(), **saved}
+    return [
+        f"{name} {saved[name]!r} there, {value!r} here" for name, value in vars(config).items() if saved[name] != value
+    ]
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting; those that are not given stay None."""
+    for field in dataclasses.fields(Config):
+        about = Config.__pydantic_fields__[field.name]
+        default = str(field.default).replace("None", "not set")
+        if field.name in PROFILES["quick"]:
+            default += f"; quick: {PROFILES['quick'][field.name]}"
+        options: dict[str, Any] = {"help": f"{about.description} (default: {default})", "default": None}
+        if about.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(about.annotation) is Literal:
+            options["choices"] = get_args(about.annotation)
+        else:
+            options["metavar"] = "X" if "float" in str(about.annotation) else "N"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def from_arguments(args: argparse.Namespace) -> Config:
+    """The settings on a command line that ``add_arguments`` prepared; ``args.profile`` must be set.
+
+    Raises:
+        ConfigError: see ``from_profile``.
+    """
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+    name = given.pop("profile")
+    return from_profile(name, **{setting: value for setting, value in given.items() if value is not None})

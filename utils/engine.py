@@ -1,67 +1,87 @@
 """Train, evaluate, fit.
 
-Read ``train_epoch`` first. It never waits for the device: logits and labels stay there, and the metrics are read once
-a second for the progress bar and once at the end of the epoch.
+Read ``train_step`` and ``train_epoch`` first. They never wait for the device: logits and labels stay there, and the
+metrics are read once a second for the progress bar and once at the end of the epoch.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
+import contextlib
+import functools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from models import CustomResNet, variants
+from models.custom_resnet import CustomResNet
+from models.ghost_norm import GhostBatchNorm2d
+from models.packed import PackedConv2d
+from utils.averaging import WeightAverage
 from utils.config import Config
 from utils.metrics import History, Metrics, RunningMetrics, table_header, table_row
-from utils.runtime import Precision, Session10Error, keep_freed_memory
-from utils.schedule import scheduler_for
+from utils.runtime import Precision, Session10Error, cpu_has, keep_freed_memory
+from utils.schedule import lrs_for, scheduler
 
 BAR_SECONDS = 1.0  # between two readings of the metrics for the progress bar; each waits for the device
+EMA_EVERY = 5  # steps between two updates of the weight average
 SHORT_RUN = 200  # steps; in a shorter run, the recipe's averages would still hold much of the untrained network
 MEMORY_SHARE = 20  # in a short run, averages span at most one 20th of the steps
+EAGER_STEPS = 3  # before the step is recorded: cuDNN chooses its algorithms, Adam makes its state
+TTA = ("none", "flip", "six views")
 
 
-def train_epoch(state: TrainState, loader: Iterable, description: str | None = None) -> Metrics:
-    """One pass over ``loader``: for each batch, one step of Adam, of the LR schedule and of the weight averages.
+class NonFiniteLossError(Session10Error):
+    """The loss became NaN or infinite."""
 
-    Args:
-        state: the run; changed in place.
-        loader: batches of (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
-        description: the progress bar's text; None for no bar.
 
-    Returns:
-        Mean cross-entropy (without label smoothing) and accuracy over the epoch.
+@dataclass
+class TrainState:
+    """A run in progress.
 
-    Raises:
-        NonFiniteLossError: the loss became NaN or infinite.
+    A checkpoint holds model, optimizer, scheduler, scaler, average and history. ``average`` (or else ``model``) is
+    tested and shipped, ``parallel`` is ``model`` wrapped for several devices, ``step`` takes the place of
+    ``train_step``, and ``last_lr`` is the LR of the latest step.
     """
-    state.model.train()
-    running = RunningMetrics()
-    for step, (images, labels) in enumerate(with_progress_bar(loader, state, running, description)):
-        logits, _ = train_step(state, images, labels)
-        running.update(logits, labels)
-        state.scheduler.step()
-        for average in state.averages:
-            average.update(state.model, step)
-    return running.read()
+
+    model: nn.Module
+    optimizer: Optimizer
+    criterion: nn.Module
+    precision: Precision
+    scaler: torch.amp.GradScaler
+    scheduler: LRScheduler | None = None
+    average: WeightAverage | None = None
+    parallel: nn.Module | None = None
+    step: Callable[[TrainState, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    history: History = field(default_factory=History)
+    last_lr: float = float("nan")
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """The network that is tested and shipped."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def lr(self) -> float:
+        """The LR of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward, loss, backward, Adam step. The LR range test uses it too.
+    """Forward, loss, backward, Adam step.
 
     Returns:
         The (B, C) logits and the loss, computed before the weights moved; both detached.
     """
     with state.precision.autocast():
-        logits = state.network(images)
+        logits = (state.parallel or state.model)(images)
     loss = state.criterion(logits.float(), labels)
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
@@ -70,15 +90,31 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tenso
     return logits.detach(), loss.detach()
 
 
-def evaluate(model: nn.Module, loader: Iterable, *, precision: Precision, tta: bool = False) -> Metrics:
-    """Loss and accuracy in eval mode; the model's mode is restored afterwards.
+def train_epoch(state: TrainState, loader: Iterable, description: str | None = None) -> Metrics:
+    """One pass over ``loader``: for each batch, one step of Adam, of the LR schedule and of the weight average.
 
     Args:
-        model: the network.
+        state: the run; changed in place.
         loader: batches of (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
-        precision: the forward pass runs under its autocast.
-        tta: test-time augmentation: average the logits of each image and its mirror image.
+        description: the progress bar's text; None for no bar.
+
+    Returns:
+        Mean cross-entropy per image (without label smoothing) and accuracy; NonFiniteLossError if that is NaN.
     """
+    state.model.train()
+    step = state.step if state.step and not state.parallel else train_step
+    running = RunningMetrics()
+    for number, (images, labels) in enumerate(with_progress_bar(loader, state, running, description)):
+        logits, _ = step(state, images, labels)
+        running.update(logits, labels)
+        state.scheduler.step()
+        if state.average:
+            state.average.update(state.model, number)
+    return running.read()
+
+
+def evaluate(model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none") -> Metrics:
+    """Loss and accuracy in eval mode; see ``predict_batches``."""
     running = RunningMetrics()
     for logits, labels in predict_batches(model, loader, precision=precision, tta=tta):
         running.update(logits, labels)
@@ -87,20 +123,35 @@ def evaluate(model: nn.Module, loader: Iterable, *, precision: Precision, tta: b
 
 @torch.no_grad()
 def predict_batches(
-    model: nn.Module, loader: Iterable, *, precision: Precision, tta: bool = False
+    model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B, C) float32 logits and (B,) labels for each batch; see ``evaluate``."""
+    """Yield (B, C) float32 logits and (B,) labels for each batch of ``loader``, computed in eval mode.
+
+    ``tta``, test-time augmentation, is one of ``TTA``; see ``tta_logits``.
+    """
     was_training = model.training
     model.eval()
     try:
         for images, labels in loader:
             with precision.autocast():
-                logits = model(images).float()
-                if tta:
-                    logits = (logits + model(images.flip(3)).float()) / 2
-            yield logits, labels
+                yield tta_logits(model, images, tta), labels
     finally:
         model.train(was_training)
+
+
+def tta_logits(model: nn.Module, images: Tensor, tta: str) -> Tensor:
+    """The mean logits of one or several views of each image, (N, C) float32.
+
+    "flip": the image and its mirror image. "six views": these two with weight 1/2, and both moved by one pixel, up and
+    left and down and right, with weight 1/4 each, the border reflected (Jordan 2024, https://arxiv.org/abs/2404.00498).
+    """
+    if tta == "none":
+        return model(images).float()
+    if tta == "flip":
+        return (model(images).float() + model(images.flip(3)).float()) / 2
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    moved = [tta_logits(model, padded[:, :, at : at + 32, at : at + 32], "flip") for at in (0, 2)]
+    return tta_logits(model, images, "flip") / 2 + (moved[0] + moved[1]) / 4
 
 
 def fit(
@@ -117,20 +168,15 @@ def fit(
     """Train until the run has ``epochs`` epochs, and show a table with one row per epoch.
 
     Args:
-        state: new, from ``start``, or restored from a checkpoint; changed in place.
+        state: new, from ``start``, or restored from a checkpoint; changed in place. NonFiniteLossError leaves it with the
+            history of the epochs before.
         train_loader: its ``epoch`` is set, so that a resumed run sees the same batches as an uninterrupted one.
         test_loader: for the curves only, no decision depends on it; None: no test.
         epochs: length of the whole run.
         eval_every: test after every ``eval_every`` epochs and after the last one.
-        after_epoch: called with ``state`` after each epoch, before its row is shown; saves a checkpoint.
+        after_epoch: called with ``state`` after each epoch; saves a checkpoint.
         show: called with each line of the table; None: no table and no progress bar.
         total: combines the train metrics of several processes.
-
-    Returns:
-        ``state.history``.
-
-    Raises:
-        NonFiniteLossError: ``state.history`` holds the epochs before.
     """
     history = state.history
     if show:
@@ -151,198 +197,12 @@ def fit(
     return history
 
 
-# --- the run's state --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainState:
-    """A run in progress.
-
-    Attributes:
-        model, optimizer, scheduler, scaler, averages, history: change during training; a checkpoint holds them.
-        criterion: the loss to minimize, called as ``criterion(logits, labels)``.
-        precision: the forward pass runs under its autocast.
-        averages: running averages of the weights; the first is tested, the others are kept for comparison.
-        parallel: ``model`` wrapped for training on several devices, or None.
-        is_compiled: ``model`` was given to ``torch.compile``.
-        last_lr: the LR of the latest step.
-    """
-
-    model: nn.Module
-    optimizer: Optimizer
-    criterion: nn.Module
-    precision: Precision
-    scaler: torch.amp.GradScaler
-    scheduler: LRScheduler | None = None
-    averages: list[WeightAverage] = field(default_factory=list)
-    parallel: nn.Module | None = None
-    is_compiled: bool = False
-    history: History = field(default_factory=History)
-    last_lr: float = float("nan")
-
-    @property
-    def network(self) -> nn.Module:
-        """The module that a training step calls."""
-        return self.parallel if self.parallel is not None else self.model
-
-    @property
-    def tested_model(self) -> nn.Module:
-        """The network that is tested and shipped: the first running average, if there is one."""
-        return self.averages[0].module if self.averages else self.model
-
-    @property
-    def lr(self) -> float:
-        """The LR of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-
-def start(model: nn.Module, config: Config, lr_min: float, lr_max: float, steps_per_epoch: int, precision: Precision):
-    """A new run: ``model`` moved to the device, with Adam, the LR schedule and the weight averages.
-
-    In a short run, the averages of the weights and of batch norm's statistics span fewer steps than ``config`` says.
-
-    Raises:
-        ConfigError: the LRs or lengths make no cycle.
-    """
-    if precision.device.type == "cpu":
-        keep_freed_memory()
-    model = model.to(precision.device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, config, lr_max)
-    scheduler = scheduler_for(config, optimizer, lr_min, lr_max, steps_per_epoch)
-    decays = (config.ema_decay, *config.ema_also) if config.ema_decay else ()
-    every = min(config.ema_every, steps_per_epoch)  # counted within an epoch
-    if config.epochs * steps_per_epoch < SHORT_RUN:
-        memory = max(1.0, config.epochs * steps_per_epoch / MEMORY_SHARE)  # in steps
-        variants.set_norm_momentum(model, max(config.norm_momentum, 1 / memory))
-        decays = [min(decay, 1 - 1 / memory) for decay in decays]
-        every = 1
-    averages = [WeightAverage(model, decay, every) for decay in decays]
-    is_compiled = config.compile != "off"
-    if is_compiled:
-        model.compile(mode=config.compile, dynamic=False)  # a smaller last batch gets its own code
-    criterion, scaler = make_criterion(config), precision.grad_scaler()
-    return TrainState(model, optimizer, criterion, precision, scaler, scheduler, averages, is_compiled=is_compiled)
-
-
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The untrained ``CustomResNet`` that ``config`` describes, with its variants (models/variants.py).
-
-    Its weights are drawn at random; ``init="patches"``, which needs images, is up to the caller.
-    """
-    model = CustomResNet(num_classes, config.dropout, config.logit_scale, config.width)
-    if not config.residual:
-        variants.remove_skips(model)
-    if config.conv_padding == "replicate":
-        variants.pad_by_replication(model)
-    variants.set_norm_momentum(model, config.norm_momentum)
-    if config.ghost_batch:
-        variants.ghost_batch_norm(model, config.ghost_batch)
-    return model
-
-
-def make_optimizer(model: nn.Module, config: Config, lr_max: float | None = None) -> Adam:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101).
-
-    Args:
-        model: the network whose parameters are optimized.
-        config: betas, eps and decay.
-        lr_max: the peak of the cycle; weight_decay = decay_at_peak / lr_max. None, in the range test, which has yet to
-            find it: no decay.
-    """
-    decay = config.decay_at_peak / lr_max if lr_max else 0.0
-    groups = [{"params": list(model.parameters())}]
-    if not config.decay_norm_and_bias:  # these are the parameters with one dimension
-        groups = [
-            {"params": [p for p in model.parameters() if p.ndim > 1]},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    return Adam(
-        groups,
-        lr=lr_max or 1e-3,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.coupled_decay or decay,
-        decoupled_weight_decay=not config.coupled_decay,
-        fused=True,  # one kernel for all parameters, and no waiting for the device
-    )
-
-
-def make_criterion(config: Config) -> nn.CrossEntropyLoss:
-    """Cross-entropy on logits (it includes the softmax), with label smoothing."""
-    return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-
-
-class WeightAverage(nn.Module):
-    """An exponential moving average (EMA) of a network's weights and batch-norm statistics.
-
-    Each update moves the average towards the network by a share of 1 - decay. The first updates have lower decays than
-    the given one (see ``highest_decay``), so that the untrained weights are soon forgotten; torch's ``AveragedModel``
-    lacks this and makes a GPU wait. A decay too high for the run's length is never reached.
-
-    Args:
-        model: the network; the average starts as a copy of it.
-        decay: per training step, from 0 to below 1.
-        every: update every ``every`` steps of an epoch, with ``decay ** every``.
-
-    Attributes:
-        module: the averaged network.
-        updates: the number of updates so far.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, every: int = 1):
-        super().__init__()
-        self.module = copy.deepcopy(model)
-        self.decay = decay**every
-        self.every = every
-        self.updates = 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards ``model`` after step ``step`` of an epoch, counted from 0."""
-        if (step + 1) % self.every:
-            return
-        weight = 1 - min(self.decay, highest_decay(self.updates))
-        self.updates += 1
-        averages, values = [], []
-        for average, value in zip(_tensors(self.module), _tensors(model), strict=True):
-            if average.is_floating_point():
-                averages.append(average)
-                values.append(value)
-            else:
-                average.copy_(value)  # batch norm's counter
-        torch._foreach_lerp_(averages, values, weight)  # all tensors in a few kernel launches
-
-    def get_extra_state(self) -> int:
-        """The part of ``state_dict`` that is not a tensor."""
-        return self.updates
-
-    def set_extra_state(self, state: int) -> None:
-        self.updates = state
-
-
-def highest_decay(updates: int) -> float:
-    """The highest decay that an average may have after ``updates`` updates (TensorFlow's ``num_updates``)."""
-    return (1 + updates) / (10 + updates)
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(model.parameters(), model.buffers())
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-class NonFiniteLossError(Session10Error):
-    """The loss became NaN or infinite."""
-
-
 def with_progress_bar(
     loader: Iterable, state: TrainState, running: RunningMetrics, description: str | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ``loader``'s batches, keep ``state.last_lr`` up to date, and show ``running`` on the bar.
 
-    Raises:
-        NonFiniteLossError: the loss became NaN or infinite; noticed when the bar is updated, or at the end.
+    A loss that is not finite is noticed when the bar is updated, or at the end.
     """
     lrs = []
 
@@ -360,8 +220,6 @@ def with_progress_bar(
         for batch in bar:
             state.last_lr = state.lr
             lrs.append(state.last_lr)
-            if state.is_compiled:
-                torch.compiler.cudagraph_mark_step_begin()  # the last step's CUDA graphs may be overwritten
             yield batch
             if description is not None and time.monotonic() - bar_read > BAR_SECONDS:
                 check()
@@ -369,3 +227,144 @@ def with_progress_bar(
                 bar.set_postfix(loss=f"{metrics.loss:.4f}", accuracy=f"{metrics.accuracy:.2f}%", lr=f"{lrs[-1]:.5f}")
                 bar_read = time.monotonic()
     check()
+
+
+# --- what a run begins with -------------------------------------------------------------------------------------------
+
+
+def build_model(config: Config, num_classes: int, precision: Precision | None = None, steps: int | None = None):
+    """The untrained ``CustomResNet`` that ``config`` describes, on the CPU; ``init_patches`` is up to the caller.
+
+    Args:
+        config: the settings.
+        num_classes: size of the output.
+        precision: decides about packed convolutions; None: not packed.
+        steps: of the whole run; in a short one, batch norm's running statistics span fewer steps.
+    """
+    in_bf16_on_cpu = precision is not None and precision.name == "bf16" and precision.device.type == "cpu"
+    has_amx = in_bf16_on_cpu and cpu_has("amx_bf16", "amx_tile")
+    is_packed = config.packed == "on" or (config.packed == "auto" and has_amx)
+    momentum = max(0.1, 1 / memory_of(steps)) if steps else 0.1
+    norm = functools.partial(nn.BatchNorm2d, momentum=momentum)
+    if config.ghost_batch:
+        norm = functools.partial(GhostBatchNorm2d, group=config.ghost_batch, momentum=momentum)
+    conv = PackedConv2d if is_packed else nn.Conv2d
+    options = dict(width=config.width, dropout=config.dropout, skip=config.residual, conv=conv, norm=norm)
+    return CustomResNet(num_classes, **options)
+
+
+def start(model: nn.Module, config: Config, ends: tuple[float, float], steps_per_epoch: int, precision: Precision):
+    """A new run: ``model`` moved to the device, with Adam, the weight average, and a cycle between ``ends``.
+
+    Raises:
+        ConfigError: the LRs or lengths make no cycle.
+    """
+    if precision.device.type == "cpu":
+        keep_freed_memory()
+    model = model.to(precision.device, memory_format=torch.channels_last)
+    optimizer, lrs = make_optimizer(model, config, lr_max=ends[1]), lrs_for(config, *ends, steps_per_epoch)
+    is_recorded = precision.device.type == "cuda" and config.recorded == "auto"
+    if is_recorded:
+        lrs = lrs.astype(np.float32)  # as the recorded step holds it, so that its eager steps take the same
+    schedule = scheduler(optimizer, lrs)
+    average = None
+    if config.ema_decay:
+        steps = config.epochs * steps_per_epoch
+        every = 1 if steps < SHORT_RUN else min(EMA_EVERY, steps_per_epoch)  # counted within an epoch
+        average = WeightAverage(model, min(config.ema_decay, 1 - 1 / memory_of(steps)), every)
+    if config.compile != "off":
+        model.compile(mode=config.compile, dynamic=False)
+    state = TrainState(model, optimizer, make_criterion(config), precision, precision.grad_scaler(), schedule, average)
+    if is_recorded:
+        state.step = RecordedStep()
+    return state
+
+
+def memory_of(steps: int) -> float:
+    """How many steps an average may span in a run of ``steps``: all it wants, unless the run is short."""
+    return max(1.0, steps / MEMORY_SHARE) if steps < SHORT_RUN else float("inf")
+
+
+def make_optimizer(model: nn.Module, config: Config, lr_max: float | None = None) -> Adam:
+    """Adam with decoupled weight decay, known as AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101).
+
+    weight_decay = decay_at_peak / lr_max; there is none in the range test, which has yet to find LRMAX.
+    """
+    decay = config.decay_at_peak / lr_max if lr_max else 0.0
+    return Adam(
+        model.parameters(),
+        lr=lr_max or 1e-3,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.coupled_decay or decay,
+        decoupled_weight_decay=not config.coupled_decay,
+        fused=True,  # one kernel for all parameters, and no waiting for the device
+    )
+
+
+def make_criterion(config: Config) -> nn.CrossEntropyLoss:
+    """Cross-entropy on logits (it includes the softmax), with label smoothing."""
+    return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+
+# --- the step on a GPU ------------------------------------------------------------------------------------------------
+
+
+class RecordedStep:
+    """``train_step``, recorded once as a CUDA graph and replayed: one launch per step instead of some 300.
+
+    The first steps run eagerly, while cuDNN chooses its algorithms and Adam makes its state. Then the whole step is
+    recorded. A replay computes on the recorded memory, so each batch is copied there, and so is the LR. Batches of
+    another size, like an epoch's last one, run eagerly. If a GPU refuses the recording, all steps do, after a warning.
+
+    Args:
+        capture: called with the step as a function without arguments; returns what replays it, and its result.
+    """
+
+    def __init__(self, capture: Callable | None = None):
+        self.capture = capture or cuda_graph
+        self.eager_steps = EAGER_STEPS  # still to be made
+        self.images: Tensor | None = None  # the recorded memory, of the size of the first batch
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.images is None:
+            self.images, self.labels = images.clone(), labels.clone()
+        is_smaller = images.shape != self.images.shape
+        if self.replay is None and self.eager_steps == 0 and not is_smaller:
+            self._record(state)
+        if self.replay is None or is_smaller:
+            self.eager_steps -= not is_smaller
+            # A smaller batch is not worth another compilation.
+            with torch.compiler.set_stance("force_eager") if is_smaller else contextlib.nullcontext():
+                return train_step(state, images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        for lr, group in zip(self.lrs, state.optimizer.param_groups):
+            lr.fill_(group["lr"])
+        self.replay()
+        return self.result
+
+    def _record(self, state: TrainState) -> None:
+        groups, scale = state.optimizer.param_groups, state.scaler.state_dict()
+        self.lrs = [torch.tensor(group["lr"], device=self.images.device) for group in groups]
+        floats = [group["lr"] for group in groups]
+        for group, lr in zip(groups, self.lrs):
+            group.update(lr=lr, capturable=True)  # while recording only: checkpoints hold Python floats
+        try:
+            self.replay, self.result = self.capture(lambda: train_step(state, self.images, self.labels))
+        except RuntimeError as error:
+            warnings.warn(f"the training step could not be recorded ({error}): training goes on without", stacklevel=2)
+            state.optimizer.zero_grad()
+            state.scaler = state.precision.grad_scaler()
+            state.scaler.load_state_dict(scale)
+        finally:
+            for group, lr in zip(groups, floats):
+                group.update(lr=lr, capturable=False)
+
+
+def cuda_graph(step: Callable[[], tuple[Tensor, Tensor]]):
+    """``step`` as a CUDA graph: ``(replay, result)``. Recording computes nothing; each replay refills ``result``."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as loaders', may go on
+        result = step()
+    return graph.replay, result

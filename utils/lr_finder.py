@@ -18,12 +18,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from utils.config import Config
-from utils.engine import TrainState, make_criterion, make_optimizer, train_step
-from utils.runtime import ConfigError, Precision, Session10Error, keep_freed_memory, rng_states, set_rng_states
+from utils.engine import make_criterion, make_optimizer
+from utils.runtime import Precision, Session10Error, keep_freed_memory
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm warns that its notebook detection is experimental
@@ -38,7 +38,8 @@ RULES = {
 }
 ONSET = 0.05  # the loss has begun to fall once it has covered this share of its whole fall
 SMOOTHING_WINDOW = 7  # the rules read the curve averaged over this many steps
-DIVERGED = 3.0  # the sweep stops once the loss exceeds this multiple of the first loss
+DIVERGED = 3.0  # the curve ends once the loss exceeds this multiple of the first loss
+OWN_LRS = "or set lr_min and lr_max yourself"
 
 
 class LRRangeError(Session10Error):
@@ -52,7 +53,7 @@ class LRRange:
     Attributes:
         lr_min, lr_max: the ends of the cycle.
         lrs: (S,) float64, the LR of each step of the sweep.
-        losses: (S,) float64, the batch's loss before the step at that LR; all finite, since a NaN ends the sweep.
+        losses: (S,) float64, the batch's loss before the step at that LR, with label smoothing; all finite.
         smoothed: (S,) float64, the losses as the rules read them.
         rule: the key of ``RULES`` that was used.
         suggestions: the LR of every suggestion, by name.
@@ -81,124 +82,55 @@ class LRRange:
         return cls(**{name: np.array(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def find_lr(
-    model: nn.Module,
-    loader: Iterable,
-    optimizer: Optimizer,
-    criterion: nn.Module,
-    *,
-    precision: Precision,
-    start: float,
-    end: float,
-    steps: int,
-    rule: str,
-) -> LRRange:
-    """Sweep the LR from ``start`` to ``end`` and read LRMIN and LRMAX off the curve.
+def find_lr(model: nn.Module, train_loader: Iterable, config: Config, precision: Precision) -> LRRange:
+    """The ends of the cycle: those set in ``config``, or else found by a range test, times ``config.lr_scale``.
 
-    The sweep trains copies. The model, the optimizer, the loader's epoch and the global random generators stay as they
-    were.
+    The model, the loader's epoch and torch's random generators stay as they were.
 
     Args:
-        model: the network, on ``precision.device``.
-        loader: train batches; restarted when it runs out.
-        optimizer: the optimizer that will train ``model``.
-        criterion: the training loss, called as ``criterion(logits, labels)``.
-        precision: as in training.
-        start: low enough that the loss does not change yet.
-        end: high enough that the loss diverges.
-        steps: one batch each, equally spaced in log LR.
-        rule: a key of ``RULES``.
-
-    Raises:
-        LRRangeError: the loss never fell, or never rose again.
-        ConfigError: an unknown rule.
-    """
-    if rule not in RULES:
-        raise ConfigError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
-    model, optimizer = copy.deepcopy((model, optimizer))  # together: the copied optimizer holds the copied parameters
-    for group in optimizer.param_groups:
-        group.pop("initial_lr", None)  # set by a scheduler; torch-lr-finder would refuse the optimizer
-    optimizer.zero_grad()
-    epoch, states = getattr(loader, "epoch", None), rng_states()
-    finder = _Sweep(TrainState(model, optimizer, criterion, precision, precision.grad_scaler()))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # torch-lr-finder advertises its plot
-            finder.range_test(
-                TrainDataLoaderIter(loader), start_lr=start, end_lr=end, num_iter=steps, smooth_f=0, diverge_th=DIVERGED
-            )
-    finally:
-        set_rng_states(states)
-        if epoch is not None:
-            loader.epoch = epoch
-    return read_curve(np.array(finder.lrs), np.array(finder.losses), rule)
-
-
-class _Sweep(LRFinder):
-    """torch-lr-finder's sweep around our training step."""
-
-    def __init__(self, state: TrainState):
-        super().__init__(state.model, state.optimizer, state.criterion, device=state.precision.device)
-        self.state = state
-        self.lrs: list[float] = []
-        self.losses: list[float] = []
-
-    def _train_batch(self, train_iter, accumulation_steps, non_blocking_transfer=True) -> float:
-        self.model.train()
-        lr = self.state.lr
-        _, loss = train_step(self.state, *next(train_iter))
-        value = loss.item()
-        if not math.isfinite(value):
-            return math.inf  # ends the sweep; the library would ignore a NaN
-        self.lrs.append(lr)
-        self.losses.append(value)
-        # The library stops at a multiple of the lowest loss it sees. Once a small set is learned by heart, one batch may
-        # exceed any multiple of that. So it sees no loss below the first.
-        return max(value, self.losses[0])
-
-
-def find_range(model: nn.Module, train_loader: Iterable, config: Config, precision: Precision) -> LRRange:
-    """The ends of the cycle: those set in ``config``, or else found by a range test and scaled by its two factors.
-
-    Args:
-        model: on ``precision.device``; not changed.
-        train_loader: see ``find_lr``.
+        model: on ``precision.device``.
+        train_loader: batches of (B, 3, 32, 32) float images and (B,) int64 labels; restarted when it runs out.
         config: the settings of optimizer, loss and range test.
         precision: as in training.
 
     Raises:
-        LRRangeError: the curve does not show both ends, or the factors swap them.
+        LRRangeError: the curve does not show both ends.
     """
-    if precision.device.type == "cpu":
-        keep_freed_memory()
     if config.lr_min is not None:
         return LRRange.given(config.lr_min, config.lr_max)
-    found = find_lr(
-        model,
-        train_loader,
-        make_optimizer(model, config),
-        make_criterion(config),
-        precision=precision,
-        start=config.range_test_start,
-        end=config.range_test_end,
-        steps=config.range_test_steps,
-        rule=config.lr_rule,
-    )
-    low, high = config.lr_min_factor * found.lr_min, config.lr_max_factor * found.lr_max
-    if not low < high:
-        raise LRRangeError(
-            f"lr_min_factor {config.lr_min_factor} and lr_max_factor {config.lr_max_factor} put LRMIN at {low:.1e} and "
-            f"LRMAX at {high:.1e}: choose factors that leave LRMIN below LRMAX"
-        )
+    found = read_curve(*sweep(model, train_loader, config, precision), config.lr_rule)
+    low, high = config.lr_scale * found.lr_min, config.lr_scale * found.lr_max
     return dataclasses.replace(found, lr_min=low, lr_max=high)
 
 
-def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum") -> LRRange:
-    """Read the suggestions off a finished sweep.
+def sweep(model: nn.Module, loader: Iterable, config: Config, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
+    """Train a copy of ``model`` while the LR rises; see ``find_lr``.
 
-    Args:
-        lrs: (S,) increasing.
-        losses: (S,) the loss at each LR.
-        rule: a key of ``RULES``.
+    Returns:
+        (S,) LRs, equally spaced on a log axis, and (S,) losses, up to the first that is not finite or far above the
+        first one.
+    """
+    if precision.device.type == "cpu":
+        keep_freed_memory()
+    model, epoch = copy.deepcopy(model), getattr(loader, "epoch", None)
+    autocast = dict(device_type=precision.device.type, dtype=precision.dtype, enabled=precision.name != "fp32")
+    mixed = dict(amp_backend="torch", amp_config=autocast, grad_scaler=precision.grad_scaler())
+    finder = LRFinder(model, make_optimizer(model, config), make_criterion(config), precision.device, **mixed)
+    test = dict(start_lr=config.range_test_start, end_lr=config.range_test_end, num_iter=config.range_test_steps)
+    gpus = [precision.device] if precision.device.type == "cuda" else []
+    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(gpus):  # the library advertises its plot
+        # No limit as a multiple of the lowest loss, which is near 0 once a small set is learned by heart.
+        finder.range_test(TrainDataLoaderIter(loader), **test, smooth_f=0, diverge_th=math.inf)
+    if epoch is not None:
+        loader.epoch = epoch
+    lrs, losses = np.array(finder.history["lr"]), np.array(finder.history["loss"])
+    too_high = np.flatnonzero(~(losses <= DIVERGED * losses[0]))
+    end = too_high[0] + np.isfinite(losses[too_high[0]]) if len(too_high) else len(losses)
+    return lrs[:end], losses[:end]
+
+
+def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum") -> LRRange:
+    """Read the suggestions off a sweep: (S,) increasing LRs, and (S,) losses.
 
     Raises:
         LRRangeError: the curve is too short, never falls, or never rises again; or the rule puts LRMIN above LRMAX.
@@ -207,8 +139,7 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum")
     if len(lrs) < SMOOTHING_WINDOW:
         raise LRRangeError(
             f"the range test ended after {len(lrs)} steps, because the loss stopped being finite or exceeded "
-            f"{DIVERGED:g} times the first: lower range_test_start (it began at "
-            f"{lrs[0] if len(lrs) else math.nan:.1e}), and look at the data for NaN"
+            f"{DIVERGED:g} times the first: lower range_test_start, {OWN_LRS}, and look at the data for NaN"
         )
     smoothed = smooth(losses)
     lowest = int(np.argmin(smoothed))
@@ -218,12 +149,12 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum")
     if lowest < beginning or fallen < 0.05 * abs(start_loss):
         raise LRRangeError(
             f"the loss never fell: {start_loss:.3f} at LR {lrs[0]:.1e}, at best {smoothed[lowest]:.3f}. If it rose at "
-            "once, lower range_test_start; if it stayed flat, raise range_test_end or range_test_steps"
+            f"once, lower range_test_start; if it stayed flat, raise range_test_end or range_test_steps; {OWN_LRS}"
         )
     if smoothed[lowest:].max() - smoothed[lowest] < 0.05 * fallen:
         raise LRRangeError(
             f"the loss was still falling at LR {lrs[-1]:.1e}, the end of the range test, so its minimum is unknown: "
-            "raise range_test_end"
+            f"raise range_test_end, {OWN_LRS}"
         )
     suggestions = {
         "onset": float(lrs[_onset(smoothed, start_loss, lowest)]),
@@ -236,7 +167,7 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum")
     if not low < high:
         raise LRRangeError(
             f"rule {rule!r} puts LRMIN at {low:.1e} and LRMAX at {high:.1e}: the curve falls too abruptly to tell them "
-            f"apart; raise range_test_steps or choose another of {', '.join(RULES)}"
+            f"apart; raise range_test_steps, choose another of {', '.join(RULES)}, {OWN_LRS}"
         )
     return LRRange(low, high, lrs, losses, smoothed, rule, suggestions)
 
@@ -272,8 +203,7 @@ def _valley(smoothed: np.ndarray) -> int:
         if len(candidates):
             best = candidates[np.argmax(length[candidates])]
             length[i], previous[i] = length[best] + 1, best
-    end = int(np.argmax(length))
-    start = end
+    start = end = int(np.argmax(length))
     while previous[start] >= 0:
         start = int(previous[start])
     return (start + end) // 2

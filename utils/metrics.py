@@ -44,8 +44,11 @@ class RunningMetrics:
 
     def first_bad_step(self) -> int | None:
         """The first step, counted from 0, with logits that are not finite."""
-        finite = torch.stack([torch.isfinite(logits).all() for logits in self.logits]).tolist()
-        return None if all(finite) else finite.index(False)
+        bad = (~torch.isfinite(torch.cat(self.logits))).any(1).nonzero()
+        if not len(bad):
+            return None
+        ends = torch.tensor([len(logits) for logits in self.logits]).cumsum(0)
+        return int(torch.searchsorted(ends, bad[0].cpu(), right=True))
 
 
 @dataclass
@@ -92,7 +95,7 @@ class History:
 
 def table_header() -> str:
     return (
-        f"{'epoch':>5} {'lr':>9} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
+        f"{'epoch':>5} {'lr':>8} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
     )
 
 
@@ -102,6 +105,6 @@ def table_row(history: History, epoch: int) -> str:
     if history.test_loss[epoch] is not None:
         test = f"{history.test_loss[epoch]:>10.4f} {history.test_accuracy[epoch]:>8.2f}%"
     return (
-        f"{epoch + 1:>5} {history.lr[epoch]:>9.6f} {history.train_loss[epoch]:>11.4f} "
+        f"{epoch + 1:>5} {history.lr[epoch]:>8.1e} {history.train_loss[epoch]:>11.4f} "
         f"{history.train_accuracy[epoch]:>9.2f}% {test} {history.seconds[epoch]:>8.1f}"
     )

@@ -9,8 +9,7 @@ import json
 import os
 import platform
 import random
-import re
-import warnings
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-MOST_THREADS = 1024  # a larger number is a typing error, and would crash the process
 
 
 class Session10Error(RuntimeError):
@@ -49,31 +47,22 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.deterministic = deterministic
-        if deterministic:
-            # cuBLAS reads this at its first call; without it the linear layer is not reproducible.
+        if deterministic:  # cuBLAS reads this at its first call
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
 
 
 def rng_states() -> dict:
-    """The state of every global generator (for CUDA: of the current GPU) as plain values and tensors."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    """The states of torch's global generators: the CPU's, and the current GPU's or None."""
     return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
+        "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_rng_states(states: dict) -> None:
     """Restore what ``rng_states`` returned; the GPU's state only if there was a GPU then and is one now."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(states["cpu"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
@@ -84,62 +73,34 @@ def set_rng_states(states: dict) -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """The device to train on. ``"auto"`` prefers CUDA, then Apple's mps, then the CPU.
 
-    ``"cuda:1"`` also becomes the current GPU, for code that does not name one. A GPU that this torch was not built for is
-    not chosen, with a warning.
+    ``"cuda:1"`` also becomes the current GPU, for code that does not name one.
 
     Raises:
-        ConfigError: torch does not know the device or was not built for it, or this machine does not have it.
+        ConfigError: torch does not know the device, or this machine does not have it.
     """
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        if has["cuda"] and (reason := _why_unusable(torch.device("cuda"))):
-            warnings.warn(f"{reason}: computing without it", stacklevel=1)  # one place, so one warning a process
-            has["cuda"] = False
-        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
-        return torch.device(name)
+        name = next(kind for kind, is_here in has.items() if is_here)
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}: choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
-    if device.type not in has:
-        raise ConfigError(f"device is {name!r}: Session 10 runs on 'cpu', 'cuda' and 'mps'")
-    if not has[device.type]:
-        raise ConfigError(f"device is {name!r}, but torch sees no such GPU here: use --device cpu, or install a driver")
-    if device.type == "cuda" and device.index is not None:
-        count = torch.cuda.device_count()
-        if device.index >= count:
-            raise ConfigError(f"device is {name!r}, but this machine has {count} GPU(s), counted from 0")
-        torch.cuda.set_device(device)
-    if device.type == "cuda" and (reason := _why_unusable(device)):
-        raise ConfigError(f"device is {name!r}, but {reason}: choose another GPU, such as a T4, or --device cpu")
+        if not has.get(device.type):
+            raise RuntimeError(f"torch sees no {device.type} here")
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device is {name!r} ({error}): choose one of {', '.join(d for d in has if has[d])}"
+        ) from None
     return device
-
-
-def _why_unusable(gpu: torch.device) -> str | None:
-    """Why this torch has no code for ``gpu``; None if it has.
-
-    Code for ``sm_80`` runs on compute capability 8.0 and on later ones of the same generation, ``compute_80`` on all
-    later ones.
-    """
-    capability = torch.cuda.get_device_capability(gpu)
-    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
-    if not all(built):  # AMD's GPUs have other names
-        return None
-    for kind, *digits in (match.groups() for match in built):
-        major, minor = map(int, digits)
-        if (major, minor) <= capability and (kind == "compute" or major == capability[0]):
-            return None
-    number = ".".join(map(str, capability))
-    return f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(gpu)} (compute capability {number})"
 
 
 def set_threads(count: int) -> None:
     """Compute with ``count`` CPU threads; bit-identical runs need the same number.
 
     Raises:
-        ConfigError: ``count`` is below 1 or above ``MOST_THREADS``.
+        ConfigError: below 1, or above the number of cores.
     """
-    if not 1 <= count <= MOST_THREADS:
+    if not 1 <= count <= os.cpu_count():
         raise ConfigError(f"threads is {count}: choose between 1 and {os.cpu_count()}, this machine's cores")
     torch.set_num_threads(count)
 
@@ -161,8 +122,7 @@ def keep_freed_memory() -> bool:
     stay the same.
 
     Returns:
-        False if the C library is not glibc (macOS, Windows, Alpine), or a glibc before 2.35, whose threshold ends at
-        32 MiB; nothing is changed there.
+        False, with nothing changed, if the C library is not glibc 2.35 or later (macOS, Windows, Alpine).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -218,6 +178,9 @@ def cpu_has(*flags: str) -> bool:
     return any(capabilities.get(flag, False) for flag in flags)
 
 
+# --- where a result comes from ----------------------------------------------------------------------------------------
+
+
 def device_name(device: torch.device) -> str:
     """A name for logs: the GPU's, or the processor's with the number of threads in use."""
     if device.type == "cuda":
@@ -233,15 +196,34 @@ def device_name(device: torch.device) -> str:
     return f"{name} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def versions() -> dict[str, str]:
+    """The versions that a result is quoted with."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    if torch.cuda.is_available():
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return found
+
+
+def code_commit() -> str:
+    """The commit of the running code, with ``+`` appended if Python files differ from it; "unknown" outside git."""
+
+    def git(*args: str) -> str:
+        options = dict(cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=10)
+        return subprocess.run(["git", *args], **options).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove the temporary files of killed processes from ``folder``; no other process may be writing there."""
-    with contextlib.suppress(OSError):
-        for part in folder.glob(".*.s10part"):
-            if part.stem.rpartition(".")[2].isdigit():  # the process that wrote it
-                part.unlink()
+def printable(path: str | os.PathLike) -> str:
+    """A path as text that every stream can print, even if its bytes are not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -253,30 +235,21 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         keep: where the old file goes. A crash may leave it there while ``path`` is missing.
 
     Raises:
-        OSError: it could not be written; ``path`` is as before, the file at ``keep`` may be lost.
+        OSError: it could not be written; ``path`` is as before.
     """
-    keeps_old = keep is not None and path.exists()
-    part = path.with_name(f".{path.name}.{os.getpid()}.s10part")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keeps_old:
+        if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the folder may be read-only or gone
-            if keeps_old and not path.exists():
-                os.replace(keep, path)
             part.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # flush the renames too, where the system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_json(path: Path, content: dict) -> None:

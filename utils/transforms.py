@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # On import, Albumentations asks a server for its newest version; the lesson must also work offline.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -21,24 +22,21 @@ import torch
 from albumentations.pytorch import ToTensorV2
 from torch import Tensor
 
-from utils.sources import IMAGE_SIZE
+from models.custom_resnet import IMAGE_SIZE
 
 # Mean and standard deviation of each channel (R, G, B) over CIFAR-10's 50,000 train images, pixels in [0, 1].
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
-# The mean colour, for cutout and constant padding; close to 0 once normalized.
+# The mean colour, for cutout; close to 0 once normalized.
 MEAN_PIXEL = tuple(round(255 * mean) for mean in MEAN)
 
 
-def train_transform(
-    pad: int = 4, pad_mode: str = "reflect", flip: bool = True, cutout: int = 8, seed: int | None = None
-) -> A.Compose:
+def train_transform(pad: int = 4, flip: bool = True, cutout: int = 8, seed: int | None = None) -> A.Compose:
     """The reference train pipeline: pad, random crop, horizontal flip, cutout, normalize, tensor.
 
     Args:
-        pad: pixels added on each side before the crop.
-        pad_mode: ``"reflect"`` mirrors the image at its border, ``"constant"`` pads with the mean colour.
+        pad: pixels added on each side before the crop, by mirroring the image at its border.
         flip: mirror left-right with probability 1/2.
         cutout: side of the filled square, in pixels; 0: none.
         seed: for Albumentations, which ignores global seeds.
@@ -46,25 +44,17 @@ def train_transform(
     Returns:
         A callable: ``transform(image=<(32, 32, 3) uint8>)["image"]`` is a (3, 32, 32) float32 tensor.
     """
-    padded = IMAGE_SIZE + 2 * pad
-    border = {"reflect": cv2.BORDER_REFLECT_101, "constant": cv2.BORDER_CONSTANT}[pad_mode]
+    padded, hole = IMAGE_SIZE + 2 * pad, (cutout, cutout)
     steps = [
-        A.PadIfNeeded(min_height=padded, min_width=padded, border_mode=border, fill=MEAN_PIXEL),
+        A.PadIfNeeded(min_height=padded, min_width=padded, border_mode=cv2.BORDER_REFLECT_101),
         A.RandomCrop(height=IMAGE_SIZE, width=IMAGE_SIZE),
     ]
     if flip:
         steps.append(A.HorizontalFlip(p=0.5))
     if cutout:
-        steps.append(
-            A.CoarseDropout(
-                num_holes_range=(1, 1),
-                hole_height_range=(cutout, cutout),
-                hole_width_range=(cutout, cutout),
-                fill=MEAN_PIXEL,
-                p=1.0,
-            )
-        )
-    return A.Compose([*steps, *_to_normalized_tensor()], seed=seed)
+        steps.append(A.CoarseDropout((1, 1), hole, hole, fill=MEAN_PIXEL, p=1.0))
+    steps += [A.Normalize(mean=MEAN, std=STD, max_pixel_value=255.0), ToTensorV2()]
+    return A.Compose(steps, seed=seed)
 
 
 def test_transform() -> A.Compose:
@@ -73,14 +63,10 @@ def test_transform() -> A.Compose:
     Returns:
         A callable: ``transform(image=<(H, W, 3) uint8>)["image"]`` is a (3, H, W) float32 tensor.
     """
-    return A.Compose(_to_normalized_tensor())
+    return A.Compose([A.Normalize(mean=MEAN, std=STD, max_pixel_value=255.0), ToTensorV2()])
 
 
 test_transform.__test__ = False  # despite its name, not a test for pytest
-
-
-def _to_normalized_tensor() -> list:
-    return [A.Normalize(mean=MEAN, std=STD, max_pixel_value=255.0), ToTensorV2()]
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -120,14 +106,11 @@ def denormalize(images: Tensor) -> np.ndarray:
     return pixels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().numpy()
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The random choices for N images, all (N,) tensors; an index selects those of some images.
+class Draws(NamedTuple):
+    """The random choices for N images, all (N,) tensors.
 
-    Attributes:
-        crop_y, crop_x: int64, top left corner of the crop in the padded image, 0 to 2 * pad.
-        flips: bool, True: mirrored.
-        hole_y, hole_x: int64, top left corner of the cutout square, 0 to 32 - cutout.
+    ``crop_y`` and ``crop_x``, int64: top left corner of the crop in the padded image, 0 to 2 * pad. ``flips``, bool:
+    mirrored. ``hole_y`` and ``hole_x``, int64: top left corner of the cutout square, 0 to 32 - cutout.
     """
 
     crop_y: Tensor
@@ -136,23 +119,16 @@ class Draws:
     hole_y: Tensor
     hole_x: Tensor
 
-    def __getitem__(self, batch) -> Draws:
-        return Draws(*(getattr(self, name)[batch] for name in self.__dataclass_fields__))
-
-    def to(self, device: torch.device) -> Draws:
-        return Draws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
-
 
 @dataclass(frozen=True)
 class BatchAugment:
-    """The batched twin of ``train_transform``, with the same settings and the same distribution.
+    """The batched twin of ``train_transform``: the same settings, the same distribution.
 
     Instead of padding and slicing, it computes which input pixel each output pixel shows: an offset for the crop, a
     reversal for the flip, a reflection at the border. Then one indexing operation moves all pixels.
     """
 
     pad: int = 4
-    pad_mode: str = "reflect"
     flip: bool = True
     cutout: int = 8
 
@@ -181,28 +157,18 @@ class BatchAugment:
         Returns:
             (N, 32, 32, 3) uint8.
         """
-        position = torch.arange(IMAGE_SIZE, device=images.device)
+        device, position = images.device, torch.arange(IMAGE_SIZE, device=images.device)
         columns = torch.where(draws.flips[:, None], IMAGE_SIZE - 1 - position, position)
-        rows = position + draws.crop_y[:, None] - self.pad  # (N, 32), from -pad to 31 + pad
-        columns = columns + draws.crop_x[:, None] - self.pad
-
-        if self.pad_mode == "reflect":
-            source_rows, source_columns = _reflect(rows), _reflect(columns)
-        else:
-            source_rows, source_columns = rows.clamp(0, IMAGE_SIZE - 1), columns.clamp(0, IMAGE_SIZE - 1)
+        rows = _reflect(position + draws.crop_y[:, None] - self.pad)  # (N, 32), from -pad to 31 + pad before reflection
+        columns = _reflect(columns + draws.crop_x[:, None] - self.pad)
         # With one pixel per row of a (M * 32 * 32, 3) table, a single index_select moves them all.
-        pixel = (index[:, None, None] * IMAGE_SIZE + source_rows[:, :, None]) * IMAGE_SIZE + source_columns[:, None, :]
+        pixel = (index[:, None, None] * IMAGE_SIZE + rows[:, :, None]) * IMAGE_SIZE + columns[:, None, :]
         batch = images.view(-1, 3).index_select(0, pixel.flatten()).view(*pixel.shape, 3)
-
-        fill = _constant(MEAN_PIXEL, torch.uint8, images.device)
-        if self.pad_mode == "constant" and self.pad:
-            outside = (rows != source_rows)[:, :, None] | (columns != source_columns)[:, None, :]
-            batch = torch.where(outside[..., None], fill, batch)
         if self.cutout:
-            image = torch.arange(len(index), device=images.device)[:, None, None]
-            side = torch.arange(self.cutout, device=images.device)
+            image, side = torch.arange(len(index), device=device), torch.arange(self.cutout, device=device)
             hole_rows, hole_columns = draws.hole_y[:, None] + side, draws.hole_x[:, None] + side
-            batch[image, hole_rows[:, :, None], hole_columns[:, None, :]] = fill
+            hole = image[:, None, None], hole_rows[:, :, None], hole_columns[:, None, :]
+            batch[hole] = _constant(MEAN_PIXEL, torch.uint8, device)
         return batch
 
 

@@ -1,9 +1,7 @@
 """CIFAR-10 as uint8 arrays and class names.
 
-``load_dataset`` uses the first of these: a folder you name (``root`` or ``$CIFAR10_DIR``), an earlier download in
-``data/``, a new download, or, without a network, scikit-learn's digits, announced as a stand-in.
-
-All images stay in memory as uint8, 184 MB; the loaders convert a few batches at a time to floats.
+``load_dataset`` uses the first of these: a folder you name (``root`` or ``$CIFAR10_DIR``), the archive in ``data/``, a
+new download, or, without a network, scikit-learn's digits, announced as a stand-in.
 """
 
 from __future__ import annotations
@@ -18,11 +16,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import CIFAR10
 
-from utils.runtime import PROJECT_ROOT
-from utils.sources import CIFAR10_CLASSES, Arrays, DatasetError, archive, digits, image_folder, printable
-from utils.sources.archive import OfflineError
-
-HELD_OUT = "held out for validation"  # ends the description of every validation split
+from utils.runtime import PROJECT_ROOT, printable, say
+from utils.sources import CIFAR10_CLASSES, DatasetError, archive, digits, pictures
 
 # Descriptions of known data, by fingerprint.
 KNOWN_FINGERPRINTS = {
@@ -33,16 +28,17 @@ KNOWN_FINGERPRINTS = {
 
 
 @dataclass(frozen=True, eq=False)
-class ImageDataset(Arrays):
-    """The images and labels of ``Arrays``, and where they come from.
+class ImageDataset:
+    """Labelled images and where they come from."""
 
-    Attributes:
-        source: ``"official"``, ``"image-folder"`` or ``"digits"``.
-        description: for logs and reports; derived from the data if not given.
-    """
-
-    source: str
-    description: str = ""
+    train_images: np.ndarray  # (N, 32, 32, 3) uint8, RGB
+    train_labels: np.ndarray  # (N,) int64, indices into classes
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+    source: str  # "official", "image-folder" or "digits"
+    description: str = ""  # for logs and reports; derived from the data if not given
+    split: str = "test"  # "validation" if the test images were held out from the train images
 
     def __post_init__(self):
         if not self.description:
@@ -96,7 +92,8 @@ class ImageDataset(Arrays):
             train_labels=self.train_labels[kept],
             test_images=self.train_images[held],
             test_labels=self.train_labels[held],
-            description=f"{self.description}; {count:,} train images {HELD_OUT}",
+            description=f"{self.description}; {count:,} train images held out for validation",
+            split="validation",
         )
 
 
@@ -104,14 +101,6 @@ def balanced_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """``count`` sorted random indices, balanced: the numbers of images per class differ by at most one.
 
     If a class has too few images for that, all of them are taken, and the other classes share the rest evenly.
-
-    Args:
-        labels: (N,) int.
-        count: at most N.
-        seed: the same seed draws the same indices.
-
-    Raises:
-        DatasetError: ``count`` is above N.
     """
     if count > len(labels):
         raise DatasetError(f"a subset of {count} images of {len(labels)}: ask for at most {len(labels)}")
@@ -127,80 +116,53 @@ def balanced_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-# --- finding the data ---------------------------------------------------------------------------------------------
-
-
 def load_dataset(root: str | os.PathLike | None = None, source: str = "auto") -> ImageDataset:
     """Load CIFAR-10, or your own images in class folders.
 
     Args:
-        root: a folder with torchvision's ``cifar-10-batches-py``, or with ``train/<class>/*.png`` and
+        root: a folder with CIFAR-10's archive, packed or unpacked, or with ``train/<class>/*.png`` and
             ``test/<class>/*.png``. None: ``$CIFAR10_DIR`` if set, else ``data/`` in the project, downloading as needed.
         source: ``"official"``, ``"image-folder"`` or ``"digits"`` accepts only that; ``"auto"`` accepts any.
 
     Raises:
-        DatasetError: the folder is missing, empty, damaged, unreadable or not understood, or every download failed.
-        ValueError: another ``source``.
+        DatasetError: the folder is missing, empty, damaged or not understood, or the download failed.
+        OSError: a folder or file cannot be read or written.
     """
     if source not in ("auto", "official", "image-folder", "digits"):
         raise ValueError(f"source is {source!r}: choose 'auto', 'official', 'image-folder' or 'digits'")
     if source == "digits":
-        return _named(digits.load(), source)
-    named = root if root is not None else os.environ.get("CIFAR10_DIR") or None
-    if named is None and source == "image-folder":
-        raise DatasetError("source is 'image-folder', but no folder is named: pass root=... or set $CIFAR10_DIR")
-    cache = PROJECT_ROOT / "data"
+        return ImageDataset(*digits.load(), source)
+    if named := root or os.environ.get("CIFAR10_DIR"):
+        return _load_folder(Path(os.path.expanduser(named)), source)
+    folder = PROJECT_ROOT / "data"
     try:
-        if named is None:
-            return _load_downloaded(cache, source)
-        return _load_folder(Path(os.path.expanduser(named)), source, cache)  # pathlib's fails on unknown users
-    except OSError as error:
-        raise DatasetError(
-            f"{printable(error.filename or named or cache)} cannot be read ({error.strerror or error}): check its "
-            "permissions, or name another folder"
-        ) from error
+        if source != "image-folder" and not any((folder / name).exists() for name in archive.NAMES):
+            archive.download(folder)
+    except archive.OfflineError as error:
+        if source == "official":
+            raise
+        line = "*" * 100
+        say(
+            f"{line}\n  NOT CIFAR-10. {error}.\n  Until then everything runs on scikit-learn's handwritten digits: the code "
+            f"works the same,\n  its numbers say nothing about CIFAR-10, and nothing is written to Results/.\n{line}"
+        )
+        return ImageDataset(*digits.load(), "digits")
+    return _load_folder(folder, source)
 
 
-def _load_folder(folder: Path, source: str, cache: Path) -> ImageDataset:
+def _load_folder(folder: Path, source: str) -> ImageDataset:
     if not folder.is_dir():
         raise DatasetError(f"no folder {printable(folder)}: check the path given as root, --data-dir or $CIFAR10_DIR")
-    if folder.name == CIFAR10.base_folder:
-        folder = folder.parent
-    if source in ("auto", "official") and (folder / CIFAR10.base_folder).is_dir():
-        return _named(archive.load(folder), "official")
-    if source in ("auto", "image-folder") and (folder / "train").is_dir() and (folder / "test").is_dir():
-        return _named(image_folder.load(folder, cache), "image-folder")
-    if source in ("auto", "official") and (folder / CIFAR10.filename).is_file():
-        archive.unpack(folder)
-        return _named(archive.load(folder), "official")
+    folder = folder.parent if folder.name == CIFAR10.base_folder else pictures.inner(folder)
+    is_unpacked = (folder / CIFAR10.base_folder).is_dir()
+    if source != "image-folder" and (is_unpacked or (folder / CIFAR10.filename).is_file()):
+        if not is_unpacked:
+            archive.unpack(folder)
+        return ImageDataset(*archive.load(folder), "official")
+    if source != "official" and (folder / "train").is_dir() and (folder / "test").is_dir():
+        return ImageDataset(*pictures.load(folder), "image-folder")
     found = ", ".join(printable(name) for name in sorted(os.listdir(folder))[:5]) or "nothing"
     raise DatasetError(
-        f"{printable(folder)} holds {found}: expected torchvision's {CIFAR10.base_folder}/, or image folders "
-        "train/<class>/*.png and test/<class>/*.png"
-    )
-
-
-def _load_downloaded(folder: Path, source: str) -> ImageDataset:
-    if not (folder / CIFAR10.base_folder).is_dir():
-        try:
-            archive.download(folder)
-        except OfflineError as error:
-            if source == "official":
-                raise
-            _announce_stand_in(error)
-            return _named(digits.load(), "digits")
-    return _named(archive.load(folder), "official")
-
-
-def _named(arrays: Arrays, source: str) -> ImageDataset:
-    return ImageDataset(**vars(arrays), source=source)
-
-
-def _announce_stand_in(reason: Exception) -> None:
-    line = "*" * 100
-    print(
-        f"{line}\n  NOT CIFAR-10. {reason}.\n"
-        "  Until then everything runs on scikit-learn's handwritten digits: the code "
-        f"works the same,\n  its numbers say nothing about CIFAR-10, and nothing is written to Results/.\n{line}",
-        flush=True,
+        f"{printable(folder)} holds {found}: expected torchvision's {CIFAR10.base_folder}/, {CIFAR10.filename}, or "
+        "pictures as train/<class>/*.png and test/<class>/*.png"
     )

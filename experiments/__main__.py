@@ -1,9 +1,19 @@
-"""``python -m experiments screen|confirm|seeds|ablations|all|table``: see the package's docstring."""
+"""Make the runs behind the recipe's figures, and compare runs.
+
+    python -m experiments seeds              the recipe with ten fresh seeds, at full width
+    python -m experiments ablations          the recipe without one of its parts at a time, at half width
+    python -m experiments table              tables and figures again, from the records of all runs
+    python -m experiments compare RUN RUN    two run folders: settings that differ, results, curves
+
+After Ctrl-C or a lost machine, the same command goes on. A run that fails (it diverges, or its range test has no answer)
+is a result too. Commands that run side by side share the work: on two cores, two of them with ``--threads 1`` are faster
+than one with two threads. Runs that experiments/results/runs.json has are not made again, but for ``seeds --publish``.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import math
 import os
 import sys
@@ -11,162 +21,141 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # one line a run says enough
+os.environ.setdefault("TQDM_DISABLE", "1")  # one line per run says enough
 
-from experiments import __doc__ as description
-from experiments import page, variants
-from experiments.campaign import FOLDS, STAGES, Campaign, Run, Stage, all_records, config_of, key_of, read_record
+import torch
+
+from experiments import tables
+from experiments.compare import compare
+from experiments.variants import RECIPE, WIDTHS, Run, is_current, plan
 from utils import runtime
-from utils.dataset import load_dataset
+from utils.dataset import CIFAR10_CLASSES, ImageDataset, load_dataset
+from utils.engine import NonFiniteLossError
+from utils.lr_finder import LRRangeError
 from utils.runs import report
-from utils.runs.door import run_door
-from utils.runs.job import is_finished
-from utils.runtime import ConfigError, Session10Error, say
+from utils.runs.checkpoint import RunLockedError
+from utils.runs.cli import run_command
+from utils.runs.job import run_job
+from utils.runtime import ConfigError, say
 
 README = runtime.PROJECT_ROOT / "README.md"
+WAIT_SECONDS = 10.0  # until runs that other processes hold are looked at again
 
 
-def plan(stages: dict[str, Stage], name: str, current: Sequence[dict]) -> list[Run]:
-    """The runs of one stage, seed by seed, so that a time limit cuts the last seeds.
+def load_images(args: argparse.Namespace) -> ImageDataset:
+    """All of CIFAR-10; for a trial a few images of any kind."""
+    dataset = load_dataset(args.data_dir)
+    if args.small:
+        return dataset.subset(96, 40)
+    if dataset.classes != CIFAR10_CLASSES or len(dataset.train_labels) != report.RECIPE_TRAIN_IMAGES:
+        raise ConfigError(f"these are {dataset.description}: experiments need all of CIFAR-10, or --small for a trial")
+    return dataset
 
-    Args:
-        stages: by name.
-        name: of the stage.
-        current: the records so far, from which ``confirm`` takes what the screen proposes.
 
-    Raises:
-        Session10Error: ``confirm`` before the runs of the usual screen, that of ``STAGES``, are made.
-    """
-    stage = stages[name]
-    seeds = range(stage.first_seed, stage.first_seed + stage.seeds)
-    if name == "screen":
-        again = [Run(stage, variants.BASE, seed + FOLDS * n) for seed in seeds for n in range(1, variants.BASE_RUNS)]
-        return [Run(stage, variant, seed) for seed in seeds for variant in variants.screen_design()] + again
-    recipe = dataclasses.replace(stages["seeds"], width=stage.width), variants.RECIPE  # shared by seeds and ablations
-    if name == "confirm":
-        made = {key_of(record): record["status"] for record in current}
-        screen = plan(STAGES, "screen", current)
-        if missing := [run for run in screen if run.key not in made]:
-            raise Session10Error(f"{len(missing)} runs of the screen are still to be made: run `screen` first")
+def make(run: Run, folder: Path, dataset: ImageDataset, device: torch.device) -> dict:
+    """Train one run, or finish it; stores and returns its record. What the job prints goes to ``log.txt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, variant = run.config, run.variant
+    record = {"stage": "seeds" if variant == RECIPE else "ablations", "variant": variant.name, "seed": run.seed}
+    record |= {"purpose": variant.purpose, "changes": variant.changes, "split": "test", "config": config.to_dict()}
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
-            effects = page.screen_effects(current)
-        except ValueError as error:  # runs failed, and that is their result
-            failed = ", ".join(run.variant.name for run in screen if made[run.key] == "failed")
-            raise Session10Error(
-                f"the screen has no answer ({error}), because these runs failed: {failed}. `screen --seeds 2` repeats the "
-                "design on other images"
-            ) from None
-        chosen = [(stage, variant) for variant in variants.confirm(effects)]
-    elif name == "seeds":
-        chosen = [recipe]
-    else:
-        chosen = [recipe, *((stage, variant) for variant in variants.ablations())]
-    return [Run(*one, seed) for seed in seeds for one in chosen]
+            metrics = run_job(config, dataset, folder, device=device)
+            record |= {"status": "done", **{name: metrics[name] for name in tables.RECORDED if name in metrics}}
+            record["train_accuracy"] = metrics["history"]["train_accuracy"][-1]
+        except (NonFiniteLossError, LRRangeError) as error:
+            record |= {"status": "failed", "reason": str(error), "device": runtime.device_name(device)}
+    runtime.write_json(folder / tables.RECORD_NAME, record)
+    return record
 
 
-def check_images(count: int, data: str) -> None:
-    """Only runs on the whole of CIFAR-10 are published.
+def work(args: argparse.Namespace, wanted: list[Run], dataset: ImageDataset) -> bool:
+    """Make the runs that are not made yet, last those that other processes hold; False if the time is up before."""
+    device, began = runtime.pick_device(args.device), time.monotonic()
+    alone = args.small or (args.publish and args.command == "seeds")  # Results/ needs the weights of every run
 
-    Args:
-        count: of the train images, those that are held out included.
-        data: their description.
+    def left() -> list[Run]:
+        made = [tables.key_of(record) for record in tables.all_records(args.runs, alone) if is_current(record)]
+        return [run for run in wanted if run.key not in made]
 
-    Raises:
-        ConfigError: the count is another one.
-    """
-    if count != report.RECIPE_TRAIN_IMAGES:
-        raise ConfigError(
-            f"runs on {data} cannot be published, because it has {count:,} train images, not "
-            f"{report.RECIPE_TRAIN_IMAGES:,}: leave out --publish, or choose other --runs and all of CIFAR-10"
-        )
+    say(f"{len(left())} runs to make")
+    while pending := left():
+        if time.monotonic() - began >= 60 * args.budget_minutes:
+            say(f"the time is up, {len(pending)} runs are left: the same command goes on")
+            return False
+        for run in pending:
+            with contextlib.suppress(RunLockedError):
+                record = make(run, args.runs / run.folder, dataset, device)
+                say(f"{run.folder}: {report.accuracies(record) or 'failed, ' + record['reason']}")
+                break
+        else:
+            time.sleep(WAIT_SECONDS)
+    return True
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the tables and write all files."""
+    records = tables.all_records(args.runs, args.small)
+    if records:
+        folder = tables.RESULTS if args.publish else args.runs / "results"
+        data = tables.write_results(folder, records)
+        say(f"\n{tables.seeds_section(data)}\n\n{tables.ablations_section(data)}\n\nwritten to {folder}")
+        if args.publish:
+            text = report.replace_block(README.read_text(encoding="utf-8"), "experiments", tables.readme_part(data))
+            runtime.write_atomically(README, text.encode())
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    seeds = ", ".join(f"{stage.name} {stage.seeds}" for stage in STAGES.values())
-    widths = ", ".join(f"{stage.name} {stage.width}" for stage in STAGES.values())
-    parser.add_argument("command", choices=(*STAGES, "all", "table"))
-    parser.add_argument("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/experiments)")
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"seeds per variant (default: {seeds})")
-    parser.add_argument("--width", type=int, metavar="W", help=f"channels of the first layer (default: {widths})")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
-    parser.add_argument("--budget-minutes", type=float, metavar="M", help="start no run after this many minutes")
-    parser.add_argument("--small", action="store_true", help="96 images, 3 epochs: tries the command; never published")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--data-dir", help="a folder with CIFAR-10 (default: $CIFAR10_DIR, else data/, else download)")
-    parser.add_argument(
-        "--publish",
-        action="store_true",
-        help="write experiments/results and its part of the README; with seeds and all, once every seed is there, also Results/",
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("seeds", "ablations", "table"):
+        add = commands.add_parser(name).add_argument
+        add("--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/experiments)")
+        add("--small", action="store_true", help="96 images, 3 epochs: a trial, never published")
+        add("--publish", action="store_true", help="write experiments/results and the README; seeds: Results/ too")
+        if name == "table":
+            continue
+        add("--width", type=int, metavar="W", help=f"channels of the first layer (default: {WIDTHS[name]})")
+        add("--seeds", type=int, metavar="N", help="runs per variant (default: 10 of the main ones, 3 of the others)")
+        add("--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
+        add("--budget-minutes", type=float, default=math.inf, metavar="M", help="start no run after M minutes")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+        add("--data-dir", help="a folder with CIFAR-10 (default: $CIFAR10_DIR, else data/)")
+    add = commands.add_parser("compare").add_argument
+    add("run", type=Path, nargs=2, metavar="RUN", help="folder of a finished run")
+    add("--out", type=Path, metavar="FILE", help="of the figure (default: compare.png in the first folder)")
     args = parser.parse_args(argv)
-    if args.seeds is not None and args.seeds < 1:
-        parser.error(f"--seeds is {args.seeds}: it must be at least 1")
-    if args.small and args.publish:
-        parser.error("--small cannot be combined with --publish: its figures mean nothing")
-    if args.runs is None:
-        args.runs = runtime.PROJECT_ROOT / "runs" / ("experiments-small" if args.small else "experiments")
+    if args.command != "compare":
+        if args.publish and (args.small or (args.command == "seeds" and args.width not in (None, WIDTHS["seeds"]))):
+            parser.error("--publish is for the recipe at full width and for all images")
+        args.runs = args.runs or runtime.PROJECT_ROOT / "runs" / ("experiments-small" if args.small else "experiments")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
-    """The whole command."""
+    if args.command == "compare":
+        compare(*args.run, args.out)
+        return
+    if args.command == "table":
+        show(args)
+        return
     if args.threads is not None:
         runtime.set_threads(args.threads)
-    given = {"width": args.width, "seeds": args.seeds}
-    given = {name: value for name, value in given.items() if value is not None}
-    stages = {name: dataclasses.replace(stage, **given) for name, stage in STAGES.items()}
-    device = runtime.pick_device(args.device)
-
-    def known() -> list[dict]:
-        return [] if args.small else page.published()
-
-    campaign = Campaign(lambda: load_dataset(args.data_dir), args.runs, device, small=args.small, records=known())
-    results = page.RESULTS if args.publish else args.runs / "results"
-
-    def records() -> list[dict]:
-        return all_records(args.runs, known())  # read again each time: others may publish meanwhile
-
-    publishes_result = args.publish and args.command in ("seeds", "all")
-    if publishes_result:
-        report.check_publishable(config_of(plan(stages, "seeds", [])[0]), campaign.dataset)
-    elif args.publish and args.command != "table":
-        check_images(len(campaign.dataset.train_labels), campaign.dataset.description)
-    if args.publish:
-        for record in all_records(args.runs, []):
-            if record["status"] == "done":
-                held_out = record["test_images"] if record["split"] == "validation" else 0
-                check_images(record["train_images"] + held_out, record["data"])
-    deadline = math.inf if args.budget_minutes is None else time.monotonic() + 60 * args.budget_minutes
-    left = 0
+    wanted, dataset = plan(args.command, args.width, args.seeds, args.small), load_images(args)
     try:
-        for name in {"all": list(STAGES), "table": []}.get(args.command, [args.command]):
-            say(f"{name}, width {stages[name].width}:")
-            current = page.comparable(records(), args.small)
-            left = left or campaign.work(plan(stages, name, current), deadline)
+        is_done = work(args, wanted, dataset)
     finally:
-        made = records()  # also after an interruption: what is made is shown
-        page.write_results(results, made, args.small)
-        if args.publish:
-            report.write_block(README, "experiments", page.readme_part(page.comparable(made)))
-    say(f"tables and figures: {results / page.PAGE_NAME}")
-    if publishes_result and not left:
-        folders = [campaign.folder(one) for one in plan(stages, "seeds", [])]
-        # Results/ must show the runs that are on record: another machine may have published first.
-        if absent := [folder.name for folder in folders if not is_finished(folder) or read_record(folder) not in made]:
-            raise ConfigError(
-                f"Results/ stays as it is, for want of the weights and curves of {', '.join(absent)}: that run failed, or it "
-                "was made on another machine, where this command must run"
-            )
+        show(args)  # also after an interruption: what is made is shown
+    if is_done and args.publish and args.command == "seeds":
+        folders = [args.runs / run.folder for run in wanted]
         report.publish(folders[0], folders[1:])
-        say(f"published in {report.RESULTS}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_door("experiments", lambda: run(args), lambda _: "the same command goes on with the runs that are left")
+    return run_command("experiments", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Variants of the network: what each changes, and what it must not change."""
+"""What the recipe adds to the network: ghost batch norm, and first filters from patches."""
 
 import copy
 import shutil
@@ -8,53 +8,8 @@ import torch
 from torch import nn
 
 from models import CustomResNet
-from models.variants import (
-    GhostBatchNorm2d,
-    ghost_batch_norm,
-    init_patches,
-    pad_by_replication,
-    principal_patches,
-    remove_skips,
-    set_norm_momentum,
-)
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return CustomResNet(width=4)
-
-
-def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-
-def test_removing_skips_keeps_names_and_weights(model):
-    x = torch.randn(2, 4, 32, 32)
-    before = copy.deepcopy(model.eval())
-    remove_skips(model)
-    torch.testing.assert_close(model.layer1(x), before.layer1.block(before.layer1.conv(x)))
-    assert not torch.allclose(model.layer1(x), before.layer1(x))
-    images = torch.randn(2, 3, 32, 32)
-    with_first_only = copy.deepcopy(model)
-    with_first_only.layer3.__class__ = type(before.layer3)
-    assert not torch.allclose(model(images), with_first_only(images))  # layer 3 has no skip either
-    model.load_state_dict(before.state_dict())
-
-
-def test_replicate_padding_changes_only_the_border(model):
-    x = torch.randn(1, 3, 32, 32) + 3
-    zeros = model.prep.conv.conv(x)
-    pad_by_replication(model)
-    replicated = model.prep.conv.conv(x)
-    torch.testing.assert_close(zeros[..., 1:-1, 1:-1], replicated[..., 1:-1, 1:-1])
-    assert not torch.allclose(zeros[..., 0, :], replicated[..., 0, :])
-
-
-def test_norm_momentum_reaches_every_batch_norm(model):
-    set_norm_momentum(model, 0.4)
-    assert [norm.momentum for norm in norms(model)] == [0.4] * 8
-
+from models.ghost_norm import GhostBatchNorm2d, all_at_once, group_by_group
+from models.patches import init_patches, principal_patches
 
 # --- ghost batch norm -------------------------------------------------------------------------------------------------
 
@@ -64,33 +19,25 @@ def test_norm_momentum_reaches_every_batch_norm(model):
     [(12, 4, [4, 4, 4]), (11, 4, [4, 4, 3]), (9, 4, [3, 3, 3]), (3, 4, [3]), (13, 8, [7, 6])],
 )
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("way", ["_group_by_group", "_all_at_once"])
-def test_groups_are_normalized_separately_and_share_running_statistics(
-    monkeypatch, count, group, sizes, memory_format, way
-):
-    monkeypatch.setattr(GhostBatchNorm2d, "_group_by_group", getattr(GhostBatchNorm2d, way))  # without a GPU too
+def test_groups_are_normalized_separately_and_share_running_statistics(count, group, sizes, memory_format):
     torch.manual_seed(0)
-    plain = nn.BatchNorm2d(5, momentum=0.3)
-    nn.init.uniform_(plain.weight)
-    nn.init.uniform_(plain.bias)
-    nn.init.uniform_(plain.running_mean)
-    ghost = copy.deepcopy(plain)
-    ghost_batch_norm(ghost, group)
-
+    plain, ghost = nn.BatchNorm2d(5, momentum=0.3), GhostBatchNorm2d(5, group, momentum=0.3)
+    for tensor in (plain.weight, plain.bias, plain.running_mean):
+        nn.init.uniform_(tensor)
+    ghost.load_state_dict(plain.state_dict())
     x = (torch.randn(count, 5, 3, 2) * 2 + 1).contiguous(memory_format=memory_format).requires_grad_()
     alone = [copy.deepcopy(plain) for _ in sizes]
     expected = torch.cat([norm(part) for norm, part in zip(alone, x.split(sizes))])
     found = ghost(x)
     torch.testing.assert_close(found, expected)
     outer = torch.randn_like(found)
-    ours = torch.autograd.grad(found, (x, ghost.weight, ghost.bias), outer)
+    gradients = torch.autograd.grad(found, (x, ghost.weight, ghost.bias), outer)
     of_x = torch.autograd.grad(expected, x, outer, retain_graph=True)
     of_weights = torch.autograd.grad(expected, [norm.weight for norm in alone], outer, retain_graph=True)
     of_biases = torch.autograd.grad(expected, [norm.bias for norm in alone], outer)
-    torch.testing.assert_close(ours, (*of_x, sum(of_weights), sum(of_biases)))
-    assert ours[0].is_contiguous(memory_format=torch.channels_last) or memory_format is torch.contiguous_format
+    torch.testing.assert_close(gradients, (*of_x, sum(of_weights), sum(of_biases)))
 
-    # One update: the mean of the statistics that each group alone would give.
+    # One update, to the mean of the statistics that each group alone would give.
     torch.testing.assert_close(ghost.running_mean, torch.stack([norm.running_mean for norm in alone]).mean(0))
     torch.testing.assert_close(ghost.running_var, torch.stack([norm.running_var for norm in alone]).mean(0))
     assert ghost.num_batches_tracked == 1
@@ -98,43 +45,31 @@ def test_groups_are_normalized_separately_and_share_running_statistics(
     torch.testing.assert_close(ghost.eval()(x), in_eval_mode)
 
 
+def test_the_form_for_gpus_computes_the_same():
+    x = torch.randn(11, 5, 3, 2, requires_grad=True)
+    weight, bias, outer = torch.rand(5, requires_grad=True), torch.rand(5, requires_grad=True), torch.randn(11, 5, 3, 2)
+    results = []
+    for form in (group_by_group, all_at_once):
+        out, statistics = form(x, weight, bias, 3, 1e-5)
+        results.append((out, statistics, *torch.autograd.grad(out, (x, weight, bias), outer)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_a_compiled_network_has_the_same_ghost_batches():
-    class Network(nn.Module):  # of its own: torch.compile may skip what is all torch's own
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
-
-        def forward(self, x):
-            return self.layers(x)
-
+def test_compiled_ghost_batches_are_the_same():
     torch.manual_seed(0)
-    eager = Network()
-    ghost_batch_norm(eager, 4)
+    eager = GhostBatchNorm2d(16, group=4)
     compiled = copy.deepcopy(eager)
     torch.compiler.reset()
     compiled.compile(dynamic=False)
-    images, outer = torch.randn(12, 3, 8, 8), torch.randn(12, 16 * 36)
-    for network in (eager, compiled):
-        network(images).backward(outer)
+    images, outer = torch.randn(12, 16, 6, 6), torch.randn(12, 16, 6, 6)
+    for norm in (eager, compiled):
+        norm(images).backward(outer)
     torch.compiler.reset()
-    for (name, ours), theirs in zip(compiled.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
-    for (name, ours), theirs in zip(compiled.named_buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=name)
-
-
-def test_ghost_batch_norm_reaches_the_whole_model_and_learns(model):
-    names = list(model.state_dict())
-    plain = copy.deepcopy(model)
-    ghost_batch_norm(model, 4)
-    assert list(model.state_dict()) == names
-    images = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    assert not torch.allclose(model(images), plain(images))
-    model(images).square().sum().backward()
-    assert all(norm.weight.grad.abs().sum() > 0 for norm in norms(model))
-    with pytest.raises(ValueError, match="group is 1"):
-        ghost_batch_norm(model, 1)
+    torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()))
+    for found, expected in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-4)
 
 
 # --- initialization ---------------------------------------------------------------------------------------------------

@@ -1,583 +1,400 @@
-"""Arrays in, matplotlib Figures out: no torch, no training, no files read.
+"""The project's objects or arrays in, matplotlib Figures out: no training, no files read.
 
-All figures share one look: a white background (readable on dark pages too), colours that colour-blind readers can
-tell apart, and pictures drawn pixel by pixel, without smoothing or ticks. Values are written in tick labels, titles and
+Each colour has one meaning and can be told apart by colour-blind readers. Values are written in labels, titles and
 legends rather than beside their points, where another run's curve might cross them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
+import torch
+from matplotlib import font_manager, style
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Okabe & Ito, *Color Universal Design* (2008). Their "vermilion" looks orange, so red is from P. Tol, *Colour Schemes*
-# (2021).
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC3311", "#767676"
+from models import CustomResNet
+from utils import analysis, schedule
+from utils.analysis import Predictions
+from utils.config import Config
+from utils.dataset import ImageDataset
+from utils.loaders import BatchedLoader
+from utils.lr_finder import LRRange
+from utils.metrics import History
+from utils.transforms import BatchAugment, denormalize, normalize
 
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
+# Okabe & Ito, *Color Universal Design* (2008); red and indigo are from P. Tol, *Colour Schemes* (2021).
+TRAIN, TEST, RESIDUAL, PLAIN = "#E69F00", "#0072B2", "#009E73", "#CC79A7"
+PROJECT, BASELINE, WRONG = "#332288", "#767676", "#CC3311"
+MEANINGS = {  # by words in a curve's name or its panel's title
+    "train": TRAIN,
+    "test": TEST,
+    "residual|skips?": RESIDUAL,
+    "plain": PLAIN,
+    "one cycle|this project": PROJECT,
+    "constant|baseline": BASELINE,
+}
+UNNAMED = ("#56B4E9", "#882255", "#999933", "#44AA99")  # for curves without such a word
+
+# For class names in other scripts, where installed; matplotlib cannot draw emoji fonts in colour.
+FALLBACKS = "Noto Sans CJK JP,Microsoft YaHei,PingFang SC,Arial Unicode MS,WenQuanYi Zen Hei,Noto Emoji,Segoe UI Symbol"
+FONTS = ["DejaVu Sans", *sorted({*FALLBACKS.split(",")} & {*font_manager.get_font_names()})]
+STYLE = style.library["seaborn-v0_8-whitegrid"] | {
+    "font.family": FONTS,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
     "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "legend.frameon": False,
+    "legend.frameon": True,
+    "legend.edgecolor": "white",
     "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
     "image.interpolation": "nearest",
-    "text.parse_math": False,  # a class may be called "under_$10$"
 }
-WIDTH = 8.5  # inches; at 150 dpi a little wider than a README
-DPI = 150
+WIDTH, DPI = 8.5, 150  # inches, and dots per inch: a little wider than a README
 
 styled = mpl.rc_context(STYLE)  # a decorator: the function draws in this style
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options):
-    """``(figure, axes)`` as from ``pyplot.subplots``, ``WIDTH`` by ``height`` inches.
-
-    The figure is unknown to pyplot, so a notebook shows it once and nothing piles up in memory.
-    """
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+    """``(figure, axes)`` of ``height`` inches, unknown to pyplot, so that a notebook shows the figure only once."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI, facecolor="white")
     return figure, figure.subplots(rows, columns, **options)
 
 
-@styled
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a PNG, creating its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
-def _headline(figure: Figure, title: str) -> None:
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+def draw_all(
+    config: Config,
+    dataset: ImageDataset,
+    model: CustomResNet,
+    lr_range: LRRange,
+    history: History,
+    predictions: Predictions,
+) -> dict[str, Figure]:
+    """Every figure of ``Results/``, by file name; one that fails is left out with a warning, for the others' sake."""
+    steps = math.ceil(len(dataset.train_labels) / config.batch_size)
+    tested = f"Seed {config.seed}; tested: the {'averaged' if config.ema_decay else 'latest'} weights"
+    drawings = {
+        "train.png": lambda: augmented_images(dataset, config),
+        "test.png": lambda: sample_images(dataset),
+        "lr_finder.png": lambda: lr_range_test(lr_range, config.label_smoothing),
+        "one_cycle.png": lambda: one_cycle(config, lr_range, steps),
+        "model_viz.png": lambda: training_curves(history, config.peak_epoch, tested),
+        "mis.png": lambda: mistakes(dataset, predictions),
+        "confusion_matrix.png": lambda: confusion_matrix(predictions, dataset.classes),
+        "class_accuracy.png": lambda: class_accuracy(predictions, dataset.classes),
+        "grad_cam.png": lambda: grad_cam(model, dataset, predictions),
+    }
+    if not len(lr_range.losses):  # the LRs were given
+        del drawings["lr_finder.png"]
+    figures = {}
+    for name, draw in drawings.items():
+        try:
+            figure = draw()
+            figure.draw_without_rendering()  # some errors are raised only when the text is laid out
+            figures[name] = figure
+        except Exception as error:
+            warnings.warn(f"{name} is left out: {type(error).__name__}: {error}", stacklevel=2)
+    return figures
 
 
-def _note(axis, text: str, xy: tuple[float, float], offset: tuple[float, float], color: str, **options) -> None:
-    """Bold text, ``offset`` points away from the data point ``xy``."""
-    style = {"fontsize": 9, "fontweight": "bold", "textcoords": "offset points"}
-    axis.annotate(text, xy, xytext=offset, color=color, **style, **options)
+def _pictures(title: str, columns: int, height: float, cells: Sequence[tuple]) -> Figure:
+    """Pictures in rows of ``height`` inches, pixel by pixel; a cell is (picture[, text above[, text below, is wrong]])."""
+    rows = max(1, math.ceil(len(cells) / columns))
+    figure, axes = new_figure(0.4 + height * rows, rows, columns, squeeze=False)
+    figure.suptitle(title, x=0.01, ha="left")
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
+    for axis, cell in zip(axes.flat, cells):
+        picture, above, below, wrong = (*cell, "", "", False)[:4]
+        axis.imshow(picture)
+        emphasis = {"fontweight": "bold", "color": WRONG} if wrong else {"fontweight": "normal"}
+        axis.set_title(above, fontsize=8.5, loc="center", pad=3, **emphasis)
+        axis.set_xlabel(below, fontsize=8.5, labelpad=3)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure
+
+
+@functools.cache
+def _drawable() -> set[int]:
+    """The code points that ``FONTS`` can draw."""
+    fonts = (font_manager.get_font(font_manager.findfont(name)) for name in FONTS)
+    return set().union(*(font.get_charmap() for font in fonts))
+
+
+_warn_once = functools.cache(warnings.warn)
 
 
 def _fit(name: str, columns: int) -> str:
-    """``name``, shortened so that ``columns`` of them fit in a row."""
+    """``name``, shortened so that ``columns`` of them fit in a row, with □ for what no font can draw."""
+    if not name.isascii() and (missing := set(map(ord, name)) - _drawable()):
+        _warn_once("no installed font has all letters of the class names: figures show □ for them")
+        name = name.translate(dict.fromkeys(missing, "□"))
     limit = 100 // columns
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+    shown = name if len(name) <= limit else name[: limit - 1] + "…"
+    return shown.replace("$", r"\$")  # a class may be called "under_$10$", which is no formula
 
 
-def _name_ticks(axis, names: Sequence[str], most: int, offset: float = 0.0, **options) -> None:
-    """Label ``offset``, 1 + ``offset``, ... on an x or y axis; with more than ``most`` names, only every second, third, ..."""
-    shown = range(0, len(names), math.ceil(len(names) / most))
-    axis.set_ticks([i + offset for i in shown], [names[i] for i in shown], fontsize=9, **options)
-    axis.set_tick_params(length=0, pad=6)  # keeps the labels of both axes apart in the corner
-
-
-def _log_axis(axis, digits: str = "g", subs: Sequence[float] = (1, 2, 5)) -> None:
-    """Make an x or y axis logarithmic, labelled without superscripts, since the style parses no math."""
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(f"{{x:{digits}}}")
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def _picture_grid(title: str, height: float, rows: int, columns: int):
-    """``(figure, axes)`` with a headline; axes that get no picture stay empty."""
-    figure, axes = new_figure(height, rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    _headline(figure, title)
-    return figure, axes
-
-
-def _show_picture(axis, picture: np.ndarray, title: str = "", below: str = "", color: str = "black") -> None:
-    """A picture with ``title`` above it, in ``color``, and more text below."""
-    axis.set_axis_on()
-    axis.imshow(picture)
-    emphasis = "normal" if color == "black" else "bold"
-    axis.set_title(title, fontsize=8.5, fontweight=emphasis, loc="center", color=color, pad=3)
-    axis.set_xlabel(below, fontsize=8.5, labelpad=3)
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
+def _names(dataset: ImageDataset, labels: np.ndarray, columns: int) -> list[str]:
+    return [_fit(dataset.classes[label], columns) for label in labels]
 
 
 @styled
-def image_grid(pictures: np.ndarray, titles: Sequence[str], title: str) -> Figure:
-    """Pictures, ten a row, each with its own title.
+def sample_images(dataset: ImageDataset, count: int = 20) -> Figure:
+    """The first ``count`` test images after normalization and back, as the network sees them."""
+    images = denormalize(normalize(torch.from_numpy(dataset.test_images[:count])))
+    names = _names(dataset, dataset.test_labels[:count], 10)
+    return _pictures("Test images: never augmented", 10, 1.06, list(zip(images, names)))
 
-    Args:
-        pictures: (N, H, W, 3) uint8, N at least 1.
-        titles: N strings.
-    """
-    rows = math.ceil(len(pictures) / 10)
-    figure, axes = _picture_grid(title, 0.4 + 1.06 * rows, rows, 10)
-    for axis, picture, name in zip(axes.flat, pictures, titles):
-        _show_picture(axis, picture, _fit(name, 10))
+
+@styled
+def augmented_images(dataset: ImageDataset, config: Config, count: int = 10, versions: int = 3) -> Figure:
+    """The first ``count`` train images above what the network sees of them in ``versions`` epochs."""
+    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
+    augment = BatchAugment(config.pad, config.flip, config.cutout)
+    options = {"augment": augment, "alternate_flip": config.alternate_flip, "seed": config.seed}
+    loader = BatchedLoader(images, labels, len(images), **options)
+    augmented = [image for _ in range(versions) for batch, _ in loader for image in denormalize(batch)]
+    names = _names(dataset, labels, len(images)) + [""] * len(augmented)
+    title = f"Train images, and what the network sees of them in {versions} epochs"
+    figure = _pictures(title, len(images), 0.85, list(zip([*images, *augmented], names)))
+    for row, axis in enumerate(figure.axes[:: len(images)]):
+        axis.set_ylabel(f"epoch {row}" if row else "original", fontsize=9)
     return figure
 
 
 @styled
-def augmentation_grid(originals: np.ndarray, augmented: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Each original above several augmented versions of it.
-
-    Args:
-        originals: (N, H, W, 3) uint8.
-        augmented: (V, N, H, W, 3) uint8, V versions of each.
-        names: N class names.
-    """
-    columns = max(len(originals), 8)
-    rows = 1 + len(augmented)
-    figure, axes = _picture_grid(title, 0.5 + 8 * rows / columns, rows, columns)
-    for row, pictures in enumerate([originals, *augmented]):
-        for axis, picture, name in zip(axes[row], pictures, names):
-            _show_picture(axis, picture, "" if row else _fit(name, columns))
-        axes[row, 0].set_ylabel(f"epoch {row}" if row else "original", fontsize=9)
-    return figure
-
-
-@styled
-def filter_grid(filters: np.ndarray, title: str) -> Figure:
-    """The filters of a first convolution as small pictures, sixteen a row.
-
-    Args:
-        filters: (N, 3, H, W) float. Grey stands for 0, and the extreme colours for the largest weight of all.
-    """
-    columns = 16
-    rows = math.ceil(len(filters) / columns)
+def first_filters(model: CustomResNet, title: str) -> Figure:
+    """The 3x3 filters of the first convolution: grey stands for 0, full colours for the largest weight."""
+    filters = model.prep.conv.conv.weight.detach().float().cpu().numpy()
     pictures = 0.5 + 0.5 * filters.transpose(0, 2, 3, 1) / np.abs(filters).max()
-    figure, axes = _picture_grid(title, 0.4 + 0.55 * rows, rows, columns)
-    for axis, picture in zip(axes.flat, pictures):
-        _show_picture(axis, picture)
+    return _pictures(title, 16, 0.55, list(zip(pictures)))
+
+
+@styled
+def mistakes(dataset: ImageDataset, predictions: Predictions, count: int = 20) -> Figure:
+    """The ``count`` mistakes that the network was surest of, with both probabilities. There may be none."""
+    worst = analysis.confident_mistakes(predictions, count)
+    predicted, true = (_names(dataset, labels, 6) for labels in (worst.predicted, worst.true))
+    above = [f"{name} {p:.0%}" for name, p in zip(predicted, worst.predicted_probability)]
+    below = [f"is {name} ({p:.1%})" for name, p in zip(true, worst.true_probability)]
+    cells = [(*cell, True) for cell in zip(dataset.test_images[worst.index], above, below)]
+    title = "Most confident mistakes: predicted in red, truth below" if cells else "No mistakes: every answer was right"
+    return _pictures(title, 5, 1.95, cells)
+
+
+@styled
+def grad_cam(model: CustomResNet, dataset: ImageDataset, predictions: Predictions) -> Figure:
+    """Where the network looks (Grad-CAM): in the first four right answers, then in its four surest mistakes."""
+    right = np.flatnonzero(predictions.predicted == predictions.labels)[:4]
+    shown = np.concatenate([right, analysis.confident_mistakes(predictions, 4).index])
+    pictures, answers, truths = (
+        each[shown] for each in (dataset.test_images, predictions.predicted, predictions.labels)
+    )
+    images = normalize(torch.from_numpy(pictures).to(next(model.parameters()).device))
+    names = [f"is {name}" for name in _names(dataset, truths, 10)]
+    cells = [*zip(pictures, _names(dataset, answers, 8), names, answers != truths), *zip(pictures)]
+    title = "Answer (mistakes in red) and truth; below, the evidence for the answer"
+    figure = _pictures(title, len(shown), 1.4, cells)
+    below = figure.axes[len(shown) :]
+    for axis, evidence in zip(below, analysis.class_activation_maps(model, images, answers)):
+        heat = axis.imshow(evidence, cmap="viridis", alpha=0.6, vmin=0, vmax=1)
+    bar = figure.colorbar(heat, ax=below, ticks=[0, 0.5, 1], location="bottom", aspect=60, pad=0.03)
+    bar.set_label("evidence, as a share of the picture's strongest", fontsize=8.5)
     return figure
 
 
 @styled
-def misclassified(
-    pictures: np.ndarray,
-    predicted: Sequence[str],
-    true: Sequence[str],
-    predicted_probability: Sequence[float],
-    true_probability: Sequence[float],
-) -> Figure:
-    """Wrong answers in the given order, five a row, with both probabilities. There may be none.
-
-    Args:
-        pictures: (N, H, W, 3) uint8.
-        predicted, true: N class names each.
-        predicted_probability, true_probability: N values in [0, 1] each.
-    """
-    rows = math.ceil(len(pictures) / 5)
-    title = "Most confident mistakes: predicted in red, truth below"
-    if not rows:
-        title = "No mistakes to show: every answer was right"
-    figure, axes = _picture_grid(title, 0.4 + 1.95 * rows, max(1, rows), 5)
-    for axis, picture, wrong, right, p_wrong, p_right in zip(
-        axes.flat, pictures, predicted, true, predicted_probability, true_probability
-    ):
-        _show_picture(axis, picture, f"{_fit(wrong, 6)} {p_wrong:.0%}", f"is {_fit(right, 6)} ({p_right:.1%})", RED)
+def lr_range_test(lr_range: LRRange, label_smoothing: float = 0.0) -> Figure:
+    """The range test's curve, each rule's suggestion on it, and the range in use; the loss has ``label_smoothing``."""
+    lrs, losses, smoothed = lr_range.lrs, lr_range.losses, lr_range.smoothed
+    ends = (lr_range.lr_min, lr_range.lr_max)
+    figure, axis = new_figure(4.6)
+    axis.axvspan(*ends, color=PROJECT, alpha=0.1, lw=0, label="range of the cycle")
+    axis.plot(lrs, losses, color=TRAIN, lw=0.8, label="loss of each batch")
+    axis.plot(lrs, smoothed, color=TRAIN, lw=2, label="smoothed")
+    for marker, (name, lr) in zip("os^Dv", lr_range.suggestions.items()):
+        in_use = np.isclose(lr, ends).any()
+        style = {"color": PROJECT if in_use else "white", "mec": PROJECT, "ms": 8, "ls": "", "zorder": 3 + in_use}
+        height = np.interp(np.log(lr), np.log(lrs), smoothed)
+        axis.plot(lr, height, marker, **style, label=f"{name} {lr:.1e}{', in use' if in_use else ''}")
+    axis.set(xscale="log", ylim=(min(losses.min(), smoothed.min()) * 0.92, float(np.median(losses[:10])) * 1.35))
+    axis.set(title=f"LR range test: LRMIN {ends[0]:.1e}, LRMAX {ends[1]:.1e}", xlabel="learning rate (log scale)")
+    axis.set_ylabel("training loss" + (f" (with label smoothing {label_smoothing:g})" if label_smoothing else ""))
+    axis.legend(loc="upper center")
     return figure
 
 
 @styled
-def activation_maps(
-    pictures: np.ndarray, maps: np.ndarray, predicted: Sequence[str], true: Sequence[str], title: str
-) -> Figure:
-    """Each picture with answer and truth, wrong answers in red, above the same picture with its evidence laid over it.
-
-    Args:
-        pictures: (N, H, W, 3) uint8, N at least 1.
-        maps: (N, H, W) float in [0, 1], the evidence for the predicted class.
-        predicted, true: N class names each.
-    """
-    columns = max(len(pictures), 8)
-    figure, axes = _picture_grid(title, 2.95 * 8 / columns, 2, columns)
-    for above, below, picture, evidence, answer, truth in zip(*axes, pictures, maps, predicted, true):
-        color = "black" if answer == truth else RED
-        _show_picture(above, picture, _fit(answer, columns), f"is {_fit(truth, columns + 2)}", color)
-        _show_picture(below, picture)
-        below.imshow(evidence, cmap="viridis", alpha=0.6, vmin=0, vmax=1)
-    return figure
-
-
-# --- learning rates ---------------------------------------------------------------------------------------------------
-
-
-@styled
-def lr_range_test(
-    lrs: np.ndarray,
-    losses: np.ndarray,
-    smoothed: np.ndarray,
-    suggestions: dict[str, float],
-    lr_min: float,
-    lr_max: float,
-) -> Figure:
-    """The range test's curve, the range in use shaded; below it each rule's suggestion in its own row.
-
-    Args:
-        lrs, losses, smoothed: (S,) each.
-        suggestions: LR by rule name, at least one.
-        lr_min, lr_max: the range in use.
-    """
-    rows = len(suggestions)
-    figure, (axis, rules) = new_figure(4.1 + 0.23 * rows, 2, sharex=True, height_ratios=(3.2, 0.1 + 0.23 * rows))
-    axis.plot(lrs, losses, color=GREY, lw=0.8, alpha=0.7, label="loss of each batch")
-    axis.plot(lrs, smoothed, color=BLUE, label="smoothed")
-    top = float(np.median(losses[:10])) * 1.35
-    axis.set_ylim(min(losses.min(), smoothed.min()) * 0.92, top)
-    for each in (axis, rules):
-        each.axvspan(lr_min, lr_max, color=BLUE, alpha=0.10, lw=0)
-        each.axvline(lr_min, color=BLUE, lw=1, ls="--")
-        each.axvline(lr_max, color=BLUE, lw=1, ls="--")
-    near_left, near_right = np.log([lr_min / lrs[0], lrs[-1] / lr_max]) < 0.14 * np.log(lrs[-1] / lrs[0])
-    for name, lr, on_left in (("LRMIN", lr_min, not near_left), ("LRMAX", lr_max, near_right)):
-        side, offset = ("right", -5) if on_left else ("left", 5)  # outside the range, where the axis leaves room
-        _note(axis, f"{name} {lr:.1e}", (lr, top), (offset, -4), BLUE, ha=side, va="top")
-    for row, lr in enumerate(suggestions.values()):
-        in_use = np.isclose(lr, (lr_min, lr_max)).any()
-        marker = {
-            "marker": "o",
-            "ms": 8,
-            "mec": "white",
-            "color": RED if in_use else GREY,
-            "zorder": 4 if in_use else 3,
-        }
-        axis.plot(lr, np.interp(np.log(lr), np.log(lrs), smoothed), **marker)
-        rules.plot(lr, row, **marker)
-    rules.set_yticks(range(rows), [f"{name} {lr:.1e}" for name, lr in suggestions.items()], fontsize=9)
-    rules.tick_params(axis="y", length=0)
-    rules.set_title("what each rule suggests; red: in use", fontsize=9, fontweight="normal")
-    rules.set(xlabel="learning rate (log scale)", ylim=(rows - 0.4, -0.6))  # the first rule on top
-    _log_axis(rules.xaxis, ".0e", subs=(1,))
-    axis.set(title="LR range test: the cycle runs over the shaded range", ylabel="training loss")
-    middle = (np.sqrt(lr_min * lr_max), 0.92)  # between the two dashed lines, below their names, above the curve
-    axis.legend(loc="upper center", bbox_to_anchor=middle, bbox_transform=axis.get_xaxis_transform())
+def one_cycle(config: Config, lr_range: LRRange, steps_per_epoch: int) -> Figure:
+    """The LR of every step on a linear and on a log axis, beside a cycle that ends in an annihilation phase."""
+    ends = (lr_range.lr_min, lr_range.lr_max)
+    lrs = schedule.lrs_for(config, *ends, steps_per_epoch)
+    annihilated = schedule.lrs_for(dataclasses.replace(config, schedule="annihilation"), *ends, steps_per_epoch)
+    epoch = (np.arange(len(lrs)) + 1) / steps_per_epoch
+    figure, (linear, log) = new_figure(5.2, 2, sharex=True)
+    for axis in (linear, log):
+        axis.plot(epoch, annihilated, color=BASELINE, ls="--", lw=1.4, label="with an annihilation phase (not used)")
+        axis.plot(epoch, lrs, color=PROJECT, lw=2, label=f"{config.schedule} (this run)")
+        axis.plot(epoch[[0, lrs.argmax(), -1]], lrs[[0, lrs.argmax(), -1]], "o", color=PROJECT)
+    title = f"LR of every step: LRMIN {ends[0]:.1e}, LRMAX {ends[1]:.1e} at the end of epoch {config.peak_epoch}"
+    linear.set(title=title, ylabel="learning rate", xlim=(-0.02 * config.epochs, 1.02 * config.epochs))
+    log.set(xlabel="epoch", ylabel="learning rate (log scale)", yscale="log", ylim=(annihilated.min() / 2, ends[1] * 3))
+    log.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
+    log.legend(loc="lower center")
     return figure
 
 
 @styled
-def one_cycle(lrs: np.ndarray, epochs: int, peak_epoch: int, beta1s: np.ndarray, annihilated: np.ndarray) -> Figure:
-    """The LR of every step against the epoch, its peak and lowest value marked, above Adam's beta1.
-
-    Args:
-        lrs: (steps,) LR of every step.
-        epochs: length of the cycle.
-        peak_epoch: the epoch at whose end the LR peaks.
-        beta1s: (steps,) Adam's beta1.
-        annihilated: (steps,) LRs of a cycle with an annihilation phase, for comparison.
-    """
-    epoch = (np.arange(len(lrs)) + 1) * epochs / len(lrs)
-    figure, (axis, below) = new_figure(4.8, 2, sharex=True, height_ratios=(3, 1))
-    axis.plot(epoch, annihilated, color=ORANGE, ls="--", lw=1.4, label="with annihilation (not used)")
-    axis.plot(epoch, lrs, color=BLUE, label="one cycle, no annihilation")
-    peak, lowest = np.argmax(lrs), lrs[-1]
-    axis.plot(epoch[peak], lrs[peak], "o", color=RED, zorder=3)
-    axis.axhline(lowest, color=GREY, lw=1, ls=":")
-    # Text goes to the wider side of the peak, the legend to the same side below it.
-    side, offset, corner = ("left", 10, "upper right") if peak_epoch <= epochs / 2 else ("right", -10, "upper left")
-    words = f"LRMAX {lrs[peak]:.1e} at the end of epoch {peak_epoch}"
-    _note(axis, words, (epoch[peak], lrs[peak]), (offset, 2), RED, ha=side)
-    ends = "at both ends" if np.isclose(lrs[0], lowest) else "at the end"
-    _note(axis, f"LRMIN {lowest:.1e} {ends}", (epoch[peak], lowest), (0, 3), GREY, ha=side)
-    axis.legend(loc=corner, bbox_to_anchor=(0, 0, 1, 0.88))
-    title = "One cycle: the learning rate of every step"
-    axis.set(title=title, ylabel="learning rate", xlim=(0, epochs), ylim=(0, lrs.max() * 1.15))
-    below.plot(epoch, beta1s, color=GREEN)
-    below.set(xlabel="epoch", ylabel="Adam's β₁", ylim=(min(beta1s) - 0.02, max(beta1s) + 0.02))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
-    return figure
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-@styled
-def training_curves(
-    train_loss: Sequence[float],
-    test_loss: Sequence[float | None],
-    train_accuracy: Sequence[float],
-    test_accuracy: Sequence[float | None],
-    peak_epoch: int,
-) -> Figure:
-    """Loss and accuracy of each epoch, train and test overlaid, the LR's peak marked.
-
-    Args:
-        train_loss, test_loss: mean cross-entropy per image; None for an epoch without a test.
-        train_accuracy, test_accuracy: percent, likewise.
-        peak_epoch: counted from 1.
-    """
-    figure, (left, right) = new_figure(3.7, 1, 2)
+def training_curves(history: History, peak_epoch: int, title: str = "") -> Figure:
+    """Loss and accuracy of each epoch, train and test overlaid; ``title`` may name the seed and the tested weights."""
+    figure, (left, right) = new_figure(4, 1, 2)
+    figure.suptitle(title, x=0.01, ha="left")
     for axis, train, test, name, form in (
-        (left, train_loss, test_loss, "Cross-entropy", "{:.3f}"),
-        (right, train_accuracy, test_accuracy, "Accuracy", "{:.2f}%"),
+        (left, history.train_loss, history.test_loss, "Cross-entropy", "{:.3f}"),
+        (right, history.train_accuracy, history.test_accuracy, "Accuracy", "{:.2f}%"),
     ):
-        for kind, color, values in (("train (augmented)", ORANGE, train), ("test", BLUE, test)):
+        for kind, color, values in (("train (augmented)", TRAIN, train), ("test", TEST, test)):
             points = [(epoch, value) for epoch, value in enumerate(values, start=1) if value is not None]
             if points:
                 label = f"{kind}, last {form.format(points[-1][1])}"
                 axis.plot(*zip(*points), color=color, marker="o", ms=3, label=label)
-        axis.axvline(peak_epoch, color=GREY, lw=1, ls="--", label="the LR peaks")
+        axis.axvline(peak_epoch, color=BASELINE, lw=1, ls="--", label="the LR peaks")
         axis.set(title=name, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend()
+    if history.epochs > 2 * peak_epoch:  # the first epochs would squeeze all later ones into the top of the axis
+        late = history.train_accuracy[peak_epoch - 1 :] + history.test_accuracy[peak_epoch - 1 :]
+        low = max(0, 5 * (np.nanmin(np.array(late, dtype=float)) // 5 - 1))
+        right.set(ylim=(low, min(100, right.get_ylim()[1])), title=f"Accuracy (axis starts at {low:.0f}%)")
+    right.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    if len(train_loss) > 2 * peak_epoch:  # the first epochs would squeeze all later ones into the top of the axis
-        late = np.array([*train_accuracy[peak_epoch - 1 :], *test_accuracy[peak_epoch - 1 :]], dtype=float)
-        low = max(0, 5 * (np.nanmin(late) // 5 - 1))
-        right.set_ylim(low, min(100, right.get_ylim()[1]))
-        right.set_title(f"Accuracy (axis starts at {low:.0f}%)")
-    left.legend()
-    right.legend()
     return figure
 
 
 @styled
-def curves(panels: dict[str, dict[str, np.ndarray]], x_label: str, y_label: str, x: np.ndarray | None = None) -> Figure:
-    """Named curves in one panel or several side by side, all on the same scale.
+def curves(
+    panels: dict[str, dict[str, np.ndarray]], xlabel: str, ylabel: str, *, first: int = 1, log: bool = False
+) -> Figure:
+    """Named curves in one panel or several, two per row, all on the same scale.
 
     Args:
         panels: by panel title, by curve name, (S,) values, or (R, S) for the mean of R repetitions, their range shaded.
-        x_label, y_label: of the axes.
-        x: (S,) positions; by default 1, 2, ..., S, each marked with a dot. With x, the first curve is a broad grey band
-            that others are compared with: it shows even where they coincide.
-    """
-    styles = [{"color": color, "marker": "o", "ms": 3} for color in (BLUE, ORANGE, GREEN, RED)]
-    if x is not None:
-        styles = [{"color": GREY, "lw": 7, "alpha": 0.5}, {"color": BLUE}]
-    figure, axes = new_figure(3.5, 1, len(panels), squeeze=False, sharey=True)
-    for axis, (title, named) in zip(axes[0], panels.items()):
-        for style, (name, values) in zip(itertools.cycle(styles), named.items()):
-            values = np.atleast_2d(values)
-            at = np.arange(1, values.shape[1] + 1) if x is None else x
-            axis.plot(at, values.mean(axis=0), label=name, **style)
-            axis.fill_between(at, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, lw=0)
-        axis.set(title=title, xlabel=x_label)
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    axes[0, 0].set_ylabel(y_label)
-    return figure
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-@styled
-def confusion_heatmap(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
-    """The confusion matrix in percent of each true class; the diagonal has no colour, so that mistakes stand out.
-
-    Args:
-        matrix: (C, C) counts, true classes down, predicted across. Cells show numbers up to 16 classes.
-        classes: C names.
-    """
-    count = len(classes)
-    percent = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    mistaken = np.where(np.eye(count, dtype=bool), np.nan, percent)  # NaN: no colour
-    words = np.vectorize(lambda value: "" if value < 0.05 else "100" if value >= 99.95 else f"{value:.1f}")(percent)
-    shows_words = count <= 16
-    names = [_fit(name, 4) for name in classes]
-    longest = max(map(len, names))
-    rotation, extra = (90, 0.07 * longest) if count * longest > 80 else (0, 0)
-    figure, axis = new_figure(6.6 + extra)
-    sns.heatmap(
-        mistaken,
-        ax=axis,
-        vmin=0,
-        vmax=max(1.0, np.nanmax(mistaken)),
-        cmap="Blues",
-        square=True,
-        linewidths=1 if count <= 50 else 0,
-        annot=words if shows_words else None,
-        fmt="",
-        annot_kws={"fontsize": 9},
-        cbar_kws={"label": "% of the true class taken for another", "shrink": 0.8},
-        xticklabels=False,
-        yticklabels=False,
-    )
-    for i in range(count) if shows_words else ():
-        axis.text(i + 0.5, i + 0.5, words[i, i], ha="center", va="center", fontsize=9, fontweight="bold")
-    _name_ticks(axis.xaxis, names, most=30, offset=0.5, rotation=rotation)
-    _name_ticks(axis.yaxis, names, most=30, offset=0.5)
-    axis.set(xlabel="predicted", ylabel="true")
-    axis.grid(False)
-    _headline(figure, "Confusion matrix, percent of each true class (diagonal: correct)")
-    return figure
-
-
-@styled
-def class_accuracy(accuracies: np.ndarray, classes: Sequence[str], mean: float) -> Figure:
-    """Accuracy by class as bars, the best on top, with a line at the overall accuracy.
-
-    Args:
-        accuracies: (C,) percent; NaN or None for a class without images.
-        classes: C names.
-        mean: overall accuracy, percent.
-    """
-    values = np.array(accuracies, dtype=float)
-    words = ["no images" if np.isnan(value) else f"{value:.1f}%" for value in values]
-    order = np.argsort(np.nan_to_num(values, nan=-1.0), kind="stable")[::-1]
-    bars = np.nan_to_num(values[order])
-    figure, axis = new_figure(np.clip(0.9 + 0.3 * len(order), 2, 9))
-    axis.barh(np.arange(len(order)), bars, color=np.where(bars >= mean, BLUE, ORANGE), height=0.72)
-    axis.axvline(mean, color="black", ls="--", lw=1.2)
-    _name_ticks(axis.yaxis, [f"{_fit(classes[i], 4)}  {words[i]}" for i in order], most=50)
-    axis.set(xlabel="test accuracy", xlim=(0, 100), ylim=(len(order) - 0.4, -0.6))  # the best on top
-    axis.set_title(f"Accuracy by class (dashed: overall {mean:.2f}%; orange: below it)")
-    axis.grid(axis="y", visible=False)
-    axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-    return figure
-
-
-@styled
-def effects(
-    names: Sequence[str],
-    means: Sequence[float],
-    errors: Sequence[float | None],
-    seeds: Sequence[Sequence[float]],
-    *,
-    title: str,
-    xlabel: str,
-    decimals: int = 1,
-) -> Figure:
-    """A row for every variant: its mean difference with an error bar, and below it each seed as a grey dot.
-
-    Args:
-        names: V strings, the first on top.
-        means: V differences in points.
-        errors: half the length of each error bar, None for no bar; ``xlabel`` says what they are.
-        seeds: V sequences of single runs' differences; empty to show the mean alone.
-        decimals: of the ticks.
-    """
-    figure, axis = new_figure(1.1 + 0.27 * len(names))
-    axis.axvline(0, color=GREY, ls="--", lw=1.2)
-    axis.xaxis.set_major_formatter(f"{{x:+.{decimals}f}}")
-    axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # no ticks that rounding would move
-    for row, (mean, error, values) in enumerate(zip(means, errors, seeds)):
-        axis.plot(values, [row + 0.25] * len(values), "o", color=GREY, mec="none", alpha=0.7, ms=4)
-        axis.errorbar(mean, row, xerr=error, fmt="o", color=BLUE, ms=6, capsize=3, lw=1.6, zorder=3)
-    axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="y", visible=False)
-    axis.set(title=title, xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
-    return figure
-
-
-@styled
-def scaling(curves: dict[str, Sequence[dict[str, float]]]) -> Figure:
-    """How cost grows, on log axes: seconds above and peak memory below, a column for each curve.
-
-    Args:
-        curves: by title, the points measured, smallest first: each with ``images``, ``batch_size``, ``seconds``,
-            ``peak_memory_mib`` and ``images_mib`` (MiB of the images alone). The x axis is ``batch_size`` where that
-            varies, else ``images``.
-    """
-    figure, axes = new_figure(5.4, 2, len(curves), sharex="col", squeeze=False)
-    for (title, points), above, below in zip(curves.items(), *axes):
-        column = {name: np.array([point[name] for point in points], dtype=float) for name in points[0]}
-        seconds, memory = column["seconds"], column["peak_memory_mib"]
-        by_batch = len(set(column["batch_size"])) > 1
-        x = column["batch_size"] if by_batch else column["images"]
-        above.plot(x, seconds[-1] * x / x[-1], "--", color=GREY, lw=1.2, label="in proportion")
-        above.plot(x, seconds, "o", color=BLUE, ms=5, label="measured")
-        if not by_batch:
-            grown = memory[0] + column["images_mib"] - column["images_mib"][0]
-            below.plot(x, grown, "--", color=GREY, lw=1.2, label="the images alone", zorder=3)
-        below.plot(x, memory, "o-", color=BLUE, ms=5, label="measured")
-        below.set_ylim(memory.min() / 3, memory.max() * 3)  # so that flat looks flat
-        for axis in (above, below):
-            _log_axis(axis.yaxis)
-            axis.legend(loc="upper left")
-        _log_axis(below.xaxis)
-        below.set_xticks(x, [f"{value:,.0f}" for value in x])
-        above.set_title(title.replace(", by", ",\nby"), fontsize=10)
-        below.set_xlabel("batch size" if by_batch else "images")
-    axes[0, 0].set_ylabel("seconds")
-    axes[1, 0].set_ylabel("peak memory, MiB")
-    return figure
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-@styled
-def gradient_norms(panels: dict[str, dict[str, np.ndarray]]) -> Figure:
-    """The size of the gradient at the input of every block, on a log axis, two panels a row.
-
-    Args:
-        panels: by panel title, by curve name, (blocks + 1,) norms; curves with "skip" in their name are blue.
+            A word of ``MEANINGS`` in the name, or else in the title, gives the colour; curves of one colour differ in
+            their dashes.
+        xlabel, ylabel: of the axes.
+        first: position of the first value; the others follow at steps of 1.
+        log: a logarithmic y axis.
     """
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = new_figure(3.2 * rows, rows, columns, squeeze=False)
+    figure, axes = new_figure(3.5 * rows, rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis, (title, named) in zip(axes.flat, panels.items()):
-        for name, norms in named.items():
-            axis.plot(norms, color=BLUE if "skip" in name else ORANGE, marker="o", ms=3, label=name)
-        _log_axis(axis.yaxis, ".0e", subs=(1,))
-        axis.set_title(title)
+        unnamed, drawn = itertools.cycle(UNNAMED), []
+        for name, values in named.items():
+            texts = itertools.product((name.lower(), title.lower()), MEANINGS.items())
+            found = (color for text, (words, color) in texts if re.search(rf"\b({words})\b", text))
+            color = next(found, None) or next(unnamed)
+            kind = drawn.count(color) % 4
+            drawn.append(color)
+            values = np.atleast_2d(values)
+            at = first + np.arange(values.shape[1])
+            style = {"color": color, "ls": ("-", "--", ":", "-.")[kind], "marker": "os^D"[kind], "ms": 3.5}
+            axis.plot(at, values.mean(axis=0), label=name, **style)
+            axis.fill_between(at, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        axis.label_outer()
         axis.legend()
-    for axis in axes[-1]:
-        axis.set_xlabel("block (0: the network's input)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("norm of the gradient")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(bottom=None if log else 0)
     return figure
 
 
 @styled
-def block_diagram(stages: Sequence[tuple[str, str, str, str, bool]]) -> Figure:
-    """The network as a row of boxes, skip connections as arcs.
+def confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> Figure:
+    """Percent of each true class by answer, in numbers up to 16 classes; mistakes alone are coloured."""
+    matrix, count = analysis.confusion_matrix(predictions), len(classes)
+    percent = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    mistaken = np.where(np.eye(count, dtype=bool), 0, percent)
+    names, every = [_fit(name, 4) for name in classes], math.ceil(count / 30)
+    rotation, height = (90, 8) if count * max(map(len, names)) > 80 else (0, 6.6)
+    figure, axis = new_figure(height)
+    heat = axis.pcolormesh(mistaken, cmap="Reds", vmin=0, vmax=max(1, mistaken.max()), edgecolors="white", lw=0.5)
+    figure.colorbar(heat, label="% of the true class taken for another", shrink=0.8)
+    for (row, column), value in np.ndenumerate(percent) if count <= 16 else ():
+        color = "white" if mistaken[row, column] > 0.6 * mistaken.max() else "black"
+        words = "" if value < 0.05 else f"{value:.1f}".replace("100.0", "100")
+        style = {"ha": "center", "va": "center", "fontsize": 9, "fontweight": "bold" if row == column else "normal"}
+        axis.text(column + 0.5, row + 0.5, words, color=color, **style)
+    ticks = np.arange(0, count, every) + 0.5
+    axis.set_xticks(ticks, names[::every], fontsize=9, rotation=rotation)
+    axis.set_yticks(ticks, names[::every], fontsize=9)
+    axis.set(xlabel="predicted", ylabel="true", aspect="equal", ylim=(count, 0))
+    axis.grid(False)
+    figure.suptitle("Confusion matrix, percent of each true class (diagonal: correct)", x=0.01, ha="left")
+    return figure
+
+
+@styled
+def class_accuracy(predictions: Predictions, classes: Sequence[str]) -> Figure:
+    """A dot per class, the best on top, with a bar of one binomial standard error to each side; dashed: overall."""
+    values = analysis.per_class_accuracy(predictions)
+    errors = np.sqrt(values * (100 - values) / np.maximum(np.bincount(predictions.labels, minlength=len(values)), 1))
+    words = ["no images" if np.isnan(value) else f"{value:.1f}%" for value in values]
+    names = [f"{_fit(name, 4)}  {text}" for name, text in zip(classes, words)]
+    title = f"Accuracy by class (dashed: overall {predictions.accuracy:.2f}%)"
+    rows = list(zip(names, values, errors, itertools.repeat(())))
+    label = "test accuracy (bar: standard error)"
+    figure = differences(rows, title=title, xlabel=label, reference=predictions.accuracy)
+    low, step = (85, 5) if np.nanmin(values - errors) > 85 else (0, 20)
+    figure.axes[0].set(xlim=(low, 100), xticks=range(low, 101, step))
+    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    return figure
+
+
+@styled
+def differences(rows: Sequence[tuple], *, title: str, xlabel: str, reference: float = 0.0) -> Figure:
+    """The largest on top: a mean per row with a bar of one standard error to each side, and a dashed line.
 
     Args:
-        stages: (name, what is inside, the block after that or "", output shape, has a skip around the block), input
-            first.
+        rows: (name, mean, standard error or None, single runs' values) each, in percentage points. Single runs are small
+            hollow dots, none for an empty list; a mean that rests on a single run is hollow itself. Where rows rest on
+            different numbers of runs, "(n = ...)" is added to the names.
+        title, xlabel: of the axis; ``xlabel`` should say what the bars are.
+        reference: where the dashed line stands.
     """
-    figure, axis = new_figure(2.9)
-    gap, middle, half_height = 0.2, -0.1, 0.62
-    corner = "round,pad=0,rounding_size=0.06"
-    arrow = {"arrowstyle": "->", "color": "#333333", "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
-    centred = {"ha": "center", "va": "center"}
-    left = 0.0
-    for name, inside, block, shape, residual in stages:
-        color, face = (BLUE, "#E6F1F8") if residual else (GREY, "#F2F2F2")
-        right = left + (2.12 if block else 0.8)
-        box = (left, -half_height), right - left, 2 * half_height
-        axis.add_patch(FancyBboxPatch(*box, boxstyle=corner, fc=face, ec=color, lw=1.3))
-        axis.text((left + right) / 2, half_height + 0.16, name, fontweight="bold", color=color, **centred)
-        axis.text(left + 0.4, middle, inside, fontsize=8.5, linespacing=1.35, **centred)
-        axis.text((left + right) / 2, -half_height - 0.2, shape, fontsize=9, color="#333333", **centred)
-        if left:
-            axis.annotate("", (left, middle), (left - gap, middle), arrowprops=arrow)
-        if block:
-            inner = left + 0.99, left + 1.75
-            box = (inner[0], middle - 0.32), inner[1] - inner[0], 0.64
-            axis.add_patch(FancyBboxPatch(*box, boxstyle=corner, fc="white", ec=color, lw=1))
-            axis.text(sum(inner) / 2, middle, block, fontsize=8.5, linespacing=1.35, **centred)
-            sum_at = right - 0.15
-            axis.annotate("", (inner[0], middle), (inner[0] - 0.2, middle), arrowprops=arrow)
-            axis.annotate("", (sum_at - 0.08 if residual else right, middle), (inner[1], middle), arrowprops=arrow)
-            if residual:
-                axis.text(sum_at, middle, "+", color=BLUE, fontsize=15, fontweight="bold", **centred)
-                fork, top = inner[0] - 0.12, middle + 0.46
-                axis.plot([fork, fork, sum_at], [middle, top, top], color=BLUE, lw=1.6)
-                axis.annotate("", (sum_at, middle + 0.1), (sum_at, top), arrowprops={**arrow, "color": BLUE, "lw": 1.6})
-                axis.text(sum(inner) / 2, top + 0.12, "x + R(x)", color=BLUE, fontsize=9, **centred)
-        left = right + gap
-    axis.text(0, -1.15, "below each box: channels × height × width of its output", fontsize=8.5, color="#555555")
-    axis.set_axis_off()
-    axis.set(xlim=(-0.03, left - gap + 0.03), ylim=(-1.25, 1))
+    rows = sorted(rows, key=lambda row: -np.inf if np.isnan(row[1]) else row[1], reverse=True)
+    counts = {len(points) for *_, points in rows}
+    figure, axis = new_figure(np.clip(1.1 + 0.27 * len(rows), 2, 9))
+    axis.axvline(reference, color=BASELINE, ls="--", lw=1.2)
+    for height, (_, mean, error, points) in enumerate(rows):
+        if len(points) > 1:
+            axis.plot(points, [height + 0.28] * len(points), "o", mfc="white", mec=BASELINE, ms=4)
+        inside = "white" if len(points) == 1 else TEST
+        axis.errorbar(mean, height, xerr=error, fmt="o", color=TEST, mfc=inside, capsize=3, zorder=3)
+    labels = [f"{name} (n = {len(points)})" if len(counts) > 1 else name for name, *_, points in rows]
+    every = math.ceil(len(rows) / 40)
+    axis.set_yticks(range(0, len(rows), every), labels[::every], fontsize=9)
+    axis.grid(axis="y", visible=False)
+    axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # no ticks that rounding would move
+    axis.xaxis.set_major_formatter("{x:+.1f}" if np.ptp(axis.get_xlim()) > 1 else "{x:+.2f}")
+    axis.set(title=title, xlabel=xlabel, ylim=(len(rows) - 0.5, -0.6))
     return figure

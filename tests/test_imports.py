@@ -1,113 +1,83 @@
-"""Which module may import which; and imports must not use the network."""
+"""Imports go one way and use no network, and the versions that are tested fit the requirements."""
 
 import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
+from packaging.requirements import Requirement
 
-import utils
-import utils.runs
 from utils.runtime import PROJECT_ROOT
 
-
-def listed(package) -> list[str]:
-    """The modules in the numbered list of a package's docstring, in its order."""
-    return re.findall(r"^\d+\. +``(\w+)``", package.__doc__, flags=re.MULTILINE)
-
-
-# Each may import only those before it.
-LESSON, RUNS = listed(utils)[:-1], [f"runs.{name}" for name in listed(utils.runs)]
-ORDER = [*LESSON, *RUNS, "train", "predict", "run_notebook", "experiments", "benchmarks"]
-SCRIPTS = [path.stem for path in PROJECT_ROOT.glob("*.py")]
-
-
-def name_of(path) -> str:
-    """A file's name in ``ORDER``."""
-    parts = path.relative_to(PROJECT_ROOT).with_suffix("").parts
-    if parts[0] != "utils":
-        return parts[0]
-    return ".".join(parts[1:]) if parts[1] == "runs" else parts[1]
-
-
+# Each level may import only from those before it.
+LEVELS = [
+    "models utils.runtime",
+    "utils.transforms",
+    "utils.config utils.sources",
+    "utils.dataset utils.schedule utils.metrics utils.averaging",
+    "utils.loaders utils.engine",
+    "utils.lr_finder utils.analysis",
+    "utils.plotting",
+    "utils.lesson",
+    "utils.runs.cli utils.runs.checkpoint utils.runs.weights utils.runs.ranks",
+    "utils.runs.report",
+    "utils.runs.job",
+    "train predict run_notebook experiments benchmarks",
+]
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names.split()}
 FILES = sorted(
     path
-    for pattern in ("*.py", "utils/**/*.py", "experiments/*.py", "benchmarks/*.py")
+    for pattern in ("*.py", "models/*.py", "utils/**/*.py", "experiments/*.py", "benchmarks/*.py")
     for path in PROJECT_ROOT.glob(pattern)
-    if path.name != "__init__.py"
+    if pattern == "*.py" or path.parent.name not in ("utils", "runs") or path.name != "__init__.py"
 )
 
 
-def imported(path) -> Iterator[str]:
-    """The full names of what a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def unit_of(module: str) -> str | None:
+    """The name in ``LEVEL`` that a module belongs to; None for other people's."""
+    parts = module.split(".")
+    return next((name for n in (3, 2, 1) if (name := ".".join(parts[:n])) in LEVEL), None)
+
+
+def imported(path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} line {node.lineno}: a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def own_imports(path) -> set[str]:
-    """The modules of this project that a file imports, by their names in ``ORDER``."""
-    found = set()
-    for name in imported(path):
-        top, *rest = name.split(".")
-        if top == "utils" and rest:
-            found.add(".".join(rest[:2]) if rest[0] == "runs" else rest[0])
-        elif top in {"models", "experiments", "benchmarks", "tests", *SCRIPTS}:
-            found.add(top)
-    return found
-
-
-def test_the_reading_order_names_every_module():
-    assert {name_of(path) for path in FILES} == set(ORDER)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {unit for name in names if (unit := unit_of(name))}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT_ROOT)))
 def test_imports_go_one_way(path):
-    name = name_of(path)
-    allowed = {"models", *ORDER[: ORDER.index(name)]}
-    if name == "sources":
-        allowed = {"sources", "runtime"}
-    if name in ("experiments", "benchmarks"):
-        allowed = allowed - {"train", "predict", "run_notebook", "experiments"} | {name}
-    assert own_imports(path) <= allowed
-
-
-def test_the_lesson_imports_nothing_from_runs():
-    lesson = [path for path in FILES if name_of(path) in LESSON]
-    assert len(lesson) > 10
-    assert not [path.name for path in lesson if any(name.startswith("runs") for name in own_imports(path))]
-
-
-@pytest.mark.parametrize("path", sorted((PROJECT_ROOT / "models").glob("*.py")), ids=lambda path: path.name)
-def test_the_network_stands_alone(path):
-    assert own_imports(path) <= {"models"}
-
-
-# For a fresh interpreter: audit events report every look-up and connection, even if its error is caught.
-WATCHED_IMPORT = """
-import importlib, sys
-calls = []
-NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request")
-sys.addaudithook(lambda event, args: calls.append((event, args)) if event in NETWORK else None)
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-    if calls:
-        sys.exit(f"importing {name} used the network: {calls}")
-"""
+    own = unit_of(".".join(path.relative_to(PROJECT_ROOT).with_suffix("").parts))
+    assert own, "not in LEVELS"
+    assert [name for name in imported(path) - {own} if LEVEL[name] >= LEVEL[own]] == []
 
 
 def test_imports_use_no_network(tmp_path):
-    names = ["utils", "models", *(f"utils.{name}" for name in [*LESSON, *RUNS]), "train"]
-    result = subprocess.run(
-        [sys.executable, "-c", WATCHED_IMPORT, *names],
-        cwd=PROJECT_ROOT,
-        env={"PATH": "", "HOME": str(tmp_path)},  # no NO_ALBUMENTATIONS_UPDATE: our modules set it
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    """Audit events report every look-up and connection of a fresh interpreter, even if its error is caught."""
+    code = """if True:
+        import importlib, sys
+        watched = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request")
+        sys.addaudithook(lambda event, args: event in watched and sys.exit(f"{event} {args}"))
+        [importlib.import_module(name) for name in sys.argv[1:]]"""
+    names = [name for name in LEVEL if name.startswith(("utils", "train", "predict"))]
+    environment = {"PATH": "", "HOME": str(tmp_path)}  # without NO_ALBUMENTATIONS_UPDATE, which our modules set
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=PROJECT_ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["oldest", "colab"])
+def test_the_versions_tested_fit_the_requirements(name):
+    def read(*parts):
+        lines = PROJECT_ROOT.joinpath(*parts).read_text("utf-8").splitlines()
+        return {
+            r.name: r.specifier for line in lines if re.match(r"\w", line) for r in [Requirement(line.split("#")[0])]
+        }
+
+    bounds = read("requirements.txt") | read("requirements-dev.txt")
+    pinned = {package: str(pin).strip("=") for package, pin in read("constraints", f"{name}.txt").items()}
+    assert {package for package, version in pinned.items() if version not in bounds[package]} == set()

@@ -13,11 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import Adam
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from models.custom_resnet import CustomResNet
-from utils.loaders import AlbumentationsDataset
+
+
+class AlbumentationsDataset(Dataset):
+    """``dataset[i]`` is a (3, 32, 32) float32 tensor, newly augmented, and an int label."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform):
+        self.images = images
+        self.labels = labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(image=self.images[index])["image"], int(self.labels[index])
 
 
 def make_loader(images: np.ndarray, labels: np.ndarray, transform, batch_size: int, num_workers: int) -> DataLoader:

@@ -35,6 +35,8 @@ from utils.loaders import make_loaders
 from utils.runs import report
 from utils.runs.checkpoint import RunFolder
 from utils.runs.cli import run_command
+from utils.runs.files import write_json
+from utils.runs.machine import code_commit, keep_freed_memory, versions
 from utils.runtime import PROJECT_ROOT, ConfigError, say
 from utils.transforms import test_transform, train_transform
 
@@ -112,7 +114,7 @@ def make_rows(args: argparse.Namespace) -> Iterator[tuple[dict, Callable]]:
         variants[f"{plain}, compiled and recorded"] = dict(compile="default")
         variants["this project, fp16, recorded"] = dict(precision="fp16")
     rows = {"training": both, "step": both | variants, "augmentation": {"this project": {}}}
-    rows["evaluation"] = both | {f"{name}, {tta}": dict(tta=tta) for tta in engine.TTA[1:]}
+    rows["evaluation"] = both | {f"{name}, {tta}": dict(tta=tta) for tta in ("flip", "six views")}
     if args.has_gpu_rows:
         rows["run"] = {name: {}} | variants | {f"{name}, one test at the end": dict(eval_every=args.epochs)}
         rows["checkpoint"] = {"this project": {}}
@@ -252,7 +254,7 @@ def publish(files: Sequence[Path]) -> None:
         stored = json.loads(path.read_text("utf-8"))
         if stored["machine"]["quick"]:
             raise ConfigError(f"{path} was measured with --quick, so its numbers mean nothing: measure without")
-        runtime.write_json(HERE / "results" / path.name, stored)
+        write_json(HERE / "results" / path.name, stored)
     readme = HERE / "README.md"
     readme.write_text(report.replace_block(readme.read_text("utf-8"), "speed", readme_block()), "utf-8")
 
@@ -260,6 +262,7 @@ def publish(files: Sequence[Path]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure what ``args`` ask for, and write the file after every part."""
     args.device = runtime.pick_device(args.device)
+    keep_freed_memory()
     on_cuda = args.device.type == "cuda"
     args.has_gpu_rows = on_cuda or args.quick
     args.workers = min(8, os.cpu_count()) if on_cuda else 2
@@ -269,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.quick:
         args.sizes |= {"step": (50 * 512, 1)} if on_cuda else {"augmentation": (10_000, 1)}
     machine = dict(device=runtime.device_name(args.device), loader_processes=args.workers, quick=args.quick)
-    machine |= dict(versions=runtime.versions(), commit=runtime.code_commit())
+    machine |= dict(versions=versions(), commit=code_commit())
     path, parts = args.out / ("gpu.json" if on_cuda else f"speed-{args.device.type}.json"), args.only or PARTS
     stored = dict(machine=machine, note=args.note, rows=[])
     if args.only and path.exists():
@@ -283,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
         for together in [[row] for row in rows] if on_cuda else filter(None, [rows]):
             say(f"{time.strftime('%H:%M:%S')}  {part}: {'; '.join(row['name'] for row, _ in together)}")
             stored["rows"] += measure(together, args)
-            runtime.write_json(path, stored)
+            write_json(path, stored)
     say(f"\n{results_table(stored)}\n\nwritten: {path}")
 
 

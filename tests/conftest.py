@@ -11,8 +11,9 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from utils import dataset as dataset_module
-from utils.dataset import CIFAR10_CLASSES, ImageDataset, load_dataset
+from tests.cifar import load_cifar10
+from utils.dataset import CIFAR10_CLASSES, ImageDataset
+from utils.sources import find as sources_find
 
 # Fixed, since bit-identical CPU runs need the same number; one, since two threads beside other work are ten times slower.
 THREADS = 1
@@ -40,7 +41,7 @@ def cifar10() -> ImageDataset:
     folder = os.environ.get("CIFAR10_DIR")
     if not folder:
         pytest.skip("needs real CIFAR-10: set CIFAR10_DIR to a folder that holds it")
-    return load_dataset(folder)
+    return load_cifar10(folder)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,7 @@ def project_root(tmp_path, monkeypatch):
     """An empty project folder, so that caches and downloads never reach the real one; $CIFAR10_DIR is unset."""
     root = tmp_path / "project"
     root.mkdir()
-    monkeypatch.setattr(dataset_module, "PROJECT_ROOT", root)
+    monkeypatch.setattr(sources_find, "PROJECT_ROOT", root)
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     return root
 

@@ -40,7 +40,7 @@ def test_only_the_named_source_is_accepted(image_folder):
         load_dataset(image_folder, source="official")
     with pytest.raises(DatasetError, match="no folder"):
         load_dataset(source="image-folder")
-    with pytest.raises(ValueError, match="source is 'mnist': choose 'auto', 'official', 'image-folder' or 'digits'"):
+    with pytest.raises(ValueError, match="source is 'mnist': choose one of auto, official, image-folder, digits"):
         load_dataset(image_folder, source="mnist")
 
 

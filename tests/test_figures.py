@@ -14,6 +14,7 @@ from utils.analysis import Predictions
 from utils.config import from_profile
 from utils.lr_finder import LRRange
 from utils.metrics import History
+from utils.runs import figures
 
 RESULTS = Path(__file__).resolve().parent.parent / "Results"
 
@@ -39,7 +40,7 @@ def run(toy) -> dict:
 def test_a_run_gets_every_figure_that_results_holds(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = plotting.draw_all(**run)
+        drawn = figures.draw_all(**run)
     assert set(drawn) == {path.name for path in RESULTS.glob("*.png")}
     assert drawn["model_viz.png"].get_suptitle() == "Seed 7; tested: the averaged weights"
     assert drawn["grad_cam.png"].axes[4].title.get_color() == plotting.WRONG  # the first mistake
@@ -49,7 +50,7 @@ def test_a_run_gets_every_figure_that_results_holds(run):
 def test_a_figure_that_fails_is_left_out_with_one_warning_and_given_lrs_have_no_range_test_to_show(run):
     blind = dataclasses.replace(run["dataset"], test_images=run["dataset"].test_images[:0])
     with pytest.warns(UserWarning, match="left out: IndexError") as seen:
-        drawn = plotting.draw_all(**{**run, "dataset": blind, "lr_range": LRRange.given(1e-3, 1e-2)})
+        drawn = figures.draw_all(**{**run, "dataset": blind, "lr_range": LRRange.given(1e-3, 1e-2)})
     assert {"train.png", "confusion_matrix.png", "one_cycle.png"} < set(drawn)
     left_out = {str(each.message).split()[0] for each in seen}
     assert {"mis.png", "grad_cam.png"} <= left_out

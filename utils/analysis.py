@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import CustomResNet
-from utils.engine import predict_batches
+from utils.engine import TTA, mean_logits, predict_views
 from utils.runtime import Precision
 from utils.transforms import normalize
 
@@ -47,19 +47,22 @@ class Predictions:
 
 
 def predict(model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none") -> Predictions:
-    """Class probabilities for every image of an unshuffled ``loader``, in eval mode.
+    """Class probabilities for every image of an unshuffled ``loader``; ``tta`` is a key of ``engine.TTA``."""
+    return predict_all(model, loader, precision=precision, kinds=(tta,))[tta]
 
-    Args:
-        model: the network.
-        loader: (B, 3, 32, 32) float images and (B,) int64 labels.
-        precision: of the forward pass.
-        tta: test-time augmentation, see ``engine.tta_logits``.
-    """
-    probabilities, labels = [], []
-    for logits, batch_labels in predict_batches(model, loader, precision=precision, tta=tta):
-        probabilities.append(logits.softmax(dim=1).cpu())
+
+def predict_all(
+    model: nn.Module, loader: Iterable, *, precision: Precision, kinds: Iterable[str] = tuple(TTA)
+) -> dict[str, Predictions]:
+    """The same for several kinds of test-time augmentation, which share their views of an image."""
+    probabilities, labels = {kind: [] for kind in kinds}, []
+    count = max(len(TTA[kind]) for kind in probabilities)
+    for logits, batch_labels in predict_views(model, loader, precision, count):
         labels.append(batch_labels.cpu())
-    return Predictions(torch.cat(probabilities).numpy(), torch.cat(labels).numpy())
+        for kind, batches in probabilities.items():
+            batches.append(mean_logits(logits, kind).softmax(dim=1).cpu())
+    truth = torch.cat(labels).numpy()
+    return {kind: Predictions(torch.cat(batches).numpy(), truth) for kind, batches in probabilities.items()}
 
 
 def confusion_matrix(predictions: Predictions) -> np.ndarray:

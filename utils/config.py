@@ -1,13 +1,12 @@
 """Every hyperparameter of Session 10, defined once, with the reason for its value.
 
-The flags of ``train.py`` and their help are made from it.
+The flags of ``train.py`` and their help are made from it (utils/runs/cli.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -52,13 +51,11 @@ class Config:
     train_images: _is(int | None, "size of a class-balanced subset; None: all", ge=1) = None
     test_images: _is(int | None, "the same for the test set", ge=1) = None
     batch_size: _is(int, "images per step", ge=1) = 512
-    pipeline: _is(Literal["batched", "albumentations"], "augment batches on the device, or in workers") = "batched"
-    num_workers: _is(int, "loader processes of the albumentations pipeline", ge=0) = 2
 
     # --- augmentation: the assignment's pad 4, crop 32, flip, cutout 8x8 -----------------------------------------
     pad: _is(int, "reflected pixels on each side: the 32x32 crop moves by up to as many either way", ge=0, le=31) = 4
     flip: _is(bool, "mirror images left-right; off where the direction matters (arrows, letters)") = True
-    alternate_flip: _is(bool, "batched: mirror each image in every other epoch, not at random") = True
+    alternate_flip: _is(bool, "mirror each image in every other epoch, not at random") = True
     cutout: _is(int, "side of the square filled with the mean colour; 0: none", ge=0, le=32) = 8
 
     # --- model ------------------------------------------------------------------------------------------------
@@ -150,34 +147,3 @@ def changed_settings(saved: dict, config: Config) -> list[str]:
     return [
         f"{name} {saved[name]!r} there, {value!r} here" for name, value in vars(config).items() if saved[name] != value
     ]
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting; those that are not given stay None."""
-    for field in dataclasses.fields(Config):
-        about = Config.__pydantic_fields__[field.name]
-        default = str(field.default).replace("None", "not set")
-        if field.name in PROFILES["quick"]:
-            default += f"; quick: {PROFILES['quick'][field.name]}"
-        options: dict[str, Any] = {"help": f"{about.description} (default: {default})", "default": None}
-        if about.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(about.annotation) is Literal:
-            options["choices"] = get_args(about.annotation)
-        else:
-            options["metavar"] = "X" if "float" in str(about.annotation) else "N"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
-
-
-def from_arguments(args: argparse.Namespace) -> Config:
-    """The settings on a command line that ``add_arguments`` prepared; ``args.profile`` must be set.
-
-    Raises:
-        ConfigError: see ``from_profile``.
-    """
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    name = given.pop("profile")
-    return from_profile(name, **{setting: value for setting, value in given.items() if value is not None})

@@ -11,13 +11,11 @@ import functools
 import hashlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import CIFAR10
 
-from utils.runtime import PROJECT_ROOT, printable, say
-from utils.sources import CIFAR10_CLASSES, DatasetError, archive, digits, pictures
+from utils.sources import CIFAR10_CLASSES, DatasetError
+from utils.sources.find import find
 
 # Descriptions of known data, by fingerprint.
 KNOWN_FINGERPRINTS = {
@@ -128,41 +126,5 @@ def load_dataset(root: str | os.PathLike | None = None, source: str = "auto") ->
         DatasetError: the folder is missing, empty, damaged or not understood, or the download failed.
         OSError: a folder or file cannot be read or written.
     """
-    if source not in ("auto", "official", "image-folder", "digits"):
-        raise ValueError(f"source is {source!r}: choose 'auto', 'official', 'image-folder' or 'digits'")
-    if source == "digits":
-        return ImageDataset(*digits.load(), source)
-    if named := root or os.environ.get("CIFAR10_DIR"):
-        return _load_folder(Path(os.path.expanduser(named)), source)
-    folder = PROJECT_ROOT / "data"
-    try:
-        if source != "image-folder" and not any((folder / name).exists() for name in archive.NAMES):
-            archive.download(folder)
-    except archive.OfflineError as error:
-        if source == "official":
-            raise
-        line = "*" * 100
-        say(
-            f"{line}\n  NOT CIFAR-10. {error}.\n  Until then everything runs on scikit-learn's handwritten digits: the code "
-            f"works the same,\n  its numbers say nothing about CIFAR-10, and nothing is written to Results/.\n{line}"
-        )
-        return ImageDataset(*digits.load(), "digits")
-    return _load_folder(folder, source)
-
-
-def _load_folder(folder: Path, source: str) -> ImageDataset:
-    if not folder.is_dir():
-        raise DatasetError(f"no folder {printable(folder)}: check the path given as root, --data-dir or $CIFAR10_DIR")
-    folder = folder.parent if folder.name == CIFAR10.base_folder else pictures.inner(folder)
-    is_unpacked = (folder / CIFAR10.base_folder).is_dir()
-    if source != "image-folder" and (is_unpacked or (folder / CIFAR10.filename).is_file()):
-        if not is_unpacked:
-            archive.unpack(folder)
-        return ImageDataset(*archive.load(folder), "official")
-    if source != "official" and (folder / "train").is_dir() and (folder / "test").is_dir():
-        return ImageDataset(*pictures.load(folder), "image-folder")
-    found = ", ".join(printable(name) for name in sorted(os.listdir(folder))[:5]) or "nothing"
-    raise DatasetError(
-        f"{printable(folder)} holds {found}: expected torchvision's {CIFAR10.base_folder}/, {CIFAR10.filename}, or "
-        "pictures as train/<class>/*.png and test/<class>/*.png"
-    )
+    arrays, found = find(root, source)
+    return ImageDataset(*arrays, found)

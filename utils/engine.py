@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,7 @@ from models.packed import PackedConv2d
 from utils.averaging import WeightAverage
 from utils.config import Config
 from utils.metrics import History, Metrics, RunningMetrics, table_header, table_row
-from utils.runtime import Precision, Session10Error, cpu_has, keep_freed_memory
+from utils.runtime import Precision, Session10Error, cpu_has
 from utils.schedule import lrs_for, scheduler
 
 BAR_SECONDS = 1.0  # between two readings of the metrics for the progress bar; each waits for the device
@@ -35,7 +36,8 @@ EMA_EVERY = 5  # steps between two updates of the weight average
 SHORT_RUN = 200  # steps; in a shorter run, the recipe's averages would still hold much of the untrained network
 MEMORY_SHARE = 20  # in a short run, averages span at most one 20th of the steps
 EAGER_STEPS = 3  # before the step is recorded: cuDNN chooses its algorithms, Adam makes its state
-TTA = ("none", "flip", "six views")
+# Test-time augmentation: the weights of an image's views.
+TTA = {"none": (1,), "flip": (1 / 2, 1 / 2), "six views": (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8)}
 
 
 class NonFiniteLossError(Session10Error):
@@ -121,37 +123,43 @@ def evaluate(model: nn.Module, loader: Iterable, *, precision: Precision, tta: s
     return running.read()
 
 
-@torch.no_grad()
 def predict_batches(
     model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B, C) float32 logits and (B,) labels for each batch of ``loader``, computed in eval mode.
+    """Yield (B, C) float32 logits and (B,) labels for each batch; ``tta``, test-time augmentation, is a key of ``TTA``."""
+    for logits, labels in predict_views(model, loader, precision, count=len(TTA[tta])):
+        yield mean_logits(logits, tta), labels
 
-    ``tta``, test-time augmentation, is one of ``TTA``; see ``tta_logits``.
-    """
+
+@torch.no_grad()
+def predict_views(model: nn.Module, loader: Iterable, precision: Precision, count: int):
+    """Yield (count, B, C) float32 logits of the first ``count`` ``views_of`` each batch, in eval mode, and (B,) labels."""
     was_training = model.training
     model.eval()
     try:
         for images, labels in loader:
             with precision.autocast():
-                yield tta_logits(model, images, tta), labels
+                views = itertools.islice(views_of(images), count)
+                yield torch.stack([model(view).float() for view in views]), labels
     finally:
         model.train(was_training)
 
 
-def tta_logits(model: nn.Module, images: Tensor, tta: str) -> Tensor:
-    """The mean logits of one or several views of each image, (N, C) float32.
+def views_of(images: Tensor) -> Iterator[Tensor]:
+    """The images, then the images moved by one pixel up and left, and down and right, each followed by its mirror image.
 
-    "flip": the image and its mirror image. "six views": these two with weight 1/2, and both moved by one pixel, up and
-    left and down and right, with weight 1/4 each, the border reflected (Jordan 2024, https://arxiv.org/abs/2404.00498).
+    The border is reflected (Jordan 2024, https://arxiv.org/abs/2404.00498).
     """
-    if tta == "none":
-        return model(images).float()
-    if tta == "flip":
-        return (model(images).float() + model(images.flip(3)).float()) / 2
+    yield from (images, images.flip(3))
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    moved = [tta_logits(model, padded[:, :, at : at + 32, at : at + 32], "flip") for at in (0, 2)]
-    return tta_logits(model, images, "flip") / 2 + (moved[0] + moved[1]) / 4
+    for at in (2, 0):
+        moved = padded[:, :, at : at + 32, at : at + 32]
+        yield from (moved, moved.flip(3))
+
+
+def mean_logits(logits: Tensor, tta: str) -> Tensor:
+    """The mean over the views, (V, B, C) -> (B, C), with the weights of ``TTA``."""
+    return sum(weight * view for weight, view in zip(TTA[tta], logits))
 
 
 def fit(
@@ -182,7 +190,7 @@ def fit(
     if show:
         show(table_header())
         for epoch in range(history.epochs):  # a resumed run shows its earlier epochs too
-            show(table_row(history, epoch))
+            show(table_row(history, epoch, epochs))
     for epoch in range(history.epochs, epochs):
         began = time.perf_counter()
         train_loader.epoch = epoch
@@ -193,7 +201,7 @@ def fit(
         if after_epoch is not None:
             after_epoch(state)
         if show:
-            show(table_row(history, epoch))
+            show(table_row(history, epoch, epochs))
     return history
 
 
@@ -259,8 +267,6 @@ def start(model: nn.Module, config: Config, ends: tuple[float, float], steps_per
     Raises:
         ConfigError: the LRs or lengths make no cycle.
     """
-    if precision.device.type == "cpu":
-        keep_freed_memory()
     model = model.to(precision.device, memory_format=torch.channels_last)
     optimizer, lrs = make_optimizer(model, config, lr_max=ends[1]), lrs_for(config, *ends, steps_per_epoch)
     is_recorded = precision.device.type == "cuda" and config.recorded == "auto"

@@ -1,24 +1,17 @@
-"""Batches for training and testing, from two interchangeable loaders.
-
-``BatchedLoader`` keeps the whole set on the device and augments many images at once; ``AlbumentationsLoader`` works
-image by image. Both yield images, (B, 3, 32, 32) normalized floats in channels_last, and labels, (B,) int64, on the
-device. Both have ``len`` and ``epoch``, the number of the next pass.
-"""
+"""Batches for training and testing: the whole set stays on the device, and many images are augmented at once."""
 
 from __future__ import annotations
 
 import math
-import signal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.config import Config
 from utils.dataset import ImageDataset
 from utils.runtime import ConfigError, Precision
-from utils.transforms import BatchAugment, Draws, normalize, test_transform, train_transform
+from utils.transforms import BatchAugment, Draws, normalize
 
 EVAL_BATCH = 1000  # images per test batch: larger than in training, since there are no gradients
 # Batches augmented at once: on a GPU, few large operations are faster than many small ones.
@@ -32,10 +25,10 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 class BatchedLoader:
-    """The fast loader: the whole set lives on the device as uint8.
+    """Yields images, (B, 3, 32, 32) normalized floats in channels_last, and labels, (B,) int64, on the device.
 
-    Each pass is an epoch with its own order and augmentations. They depend only on ``seed`` and the epoch's number, not
-    on the device.
+    Each pass is an epoch with its own order and augmentations. They depend only on ``seed`` and ``epoch``, the number of
+    the next pass, not on the device.
 
     Args:
         images: (N, 32, 32, 3) uint8.
@@ -111,80 +104,12 @@ class BatchedLoader:
         return order[mine].to(device), draws and Draws(*(each[mine].to(device) for each in draws))
 
 
-class AlbumentationsDataset(Dataset):
-    """``dataset[i]`` is a (3, 32, 32) float32 tensor, newly augmented, and an int label."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform):
-        self.images = images
-        self.labels = labels
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(image=self.images[index])["image"], int(self.labels[index])
-
-
-def _prepare_worker(worker_id: int) -> None:
-    """Seed a loader process, which would otherwise draw the same augmentations as the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; only the parent handles it
-    get_worker_info().dataset.transform.set_random_seed(torch.initial_seed() % 2**32)
-
-
-class AlbumentationsLoader(DataLoader):
-    """The reference loader: a torch ``DataLoader`` over Albumentations.
-
-    Order and augmentations depend on the seed, the epoch and the number of workers.
-
-    Args:
-        images, labels, batch_size, seed: see ``BatchedLoader``.
-        transform: an ``albumentations.Compose``, from ``train_transform`` or ``test_transform``.
-        precision: where the batches appear, and their dtype.
-        options: of ``DataLoader``, such as ``shuffle`` and ``num_workers``.
-    """
-
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        batch_size: int,
-        transform,
-        precision: Precision,
-        *,
-        seed: int = 0,
-        **options,
-    ):
-        super().__init__(
-            AlbumentationsDataset(images, labels, transform),
-            batch_size,
-            worker_init_fn=_prepare_worker,
-            generator=torch.Generator(),
-            pin_memory=precision.device.type == "cuda",
-            **options,
-        )
-        self.precision = precision
-        self.seed = seed
-        self.epoch = 0
-
-    def __iter__(self):
-        seed = epoch_seed(self.seed, self.epoch)
-        self.epoch += 1
-        self.generator.manual_seed(seed)  # for the order, and for the seeds of the loader processes
-        if self.num_workers == 0:
-            self.dataset.transform.set_random_seed(seed % 2**32)
-        device, dtype = self.precision.device, self.precision.dtype
-        for images, labels in super().__iter__():
-            images = images.to(device, non_blocking=True)
-            yield images.to(dtype, memory_format=torch.channels_last), labels.to(device, non_blocking=True)
-
-
 def make_loaders(dataset: ImageDataset, config: Config, precision: Precision, rank: int = 0, world: int = 1):
     """The train and the test loader of a run.
 
     Args:
         dataset: the images.
-        config: batch size, pipeline, augmentation and seed.
+        config: batch size, augmentation and seed.
         precision: where the batches appear, and their dtype.
         rank, world: see ``BatchedLoader``.
 
@@ -192,22 +117,13 @@ def make_loaders(dataset: ImageDataset, config: Config, precision: Precision, ra
         ``(train, test)``; only train is shuffled, augmented and shared among processes.
 
     Raises:
-        ConfigError: the batch size does not suit the data, or the pipeline several processes.
+        ConfigError: there are fewer images than a batch needs.
     """
     count = len(dataset.train_labels)
     if config.batch_size > count:
         raise ConfigError(f"batch_size is {config.batch_size}, but there are only {count} images: lower it")
     train = (dataset.train_images, dataset.train_labels, config.batch_size)
     test = (dataset.test_images, dataset.test_labels, min(EVAL_BATCH, len(dataset.test_labels)))
-    if config.pipeline == "albumentations":
-        if world > 1:
-            raise ConfigError("pipeline is 'albumentations': several processes need 'batched'")
-        transform = train_transform(config.pad, config.flip, config.cutout)
-        workers = dict(num_workers=config.num_workers)
-        return (
-            AlbumentationsLoader(*train, transform, precision, seed=config.seed, shuffle=True, **workers),
-            AlbumentationsLoader(*test, test_transform(), precision, **workers),
-        )
     augment = BatchAugment(config.pad, config.flip, config.cutout)
     draws = dict(augment=augment, alternate_flip=config.alternate_flip, shuffle=True, seed=config.seed)
     both = dict(device=precision.device, dtype=precision.dtype)

@@ -23,7 +23,7 @@ from torch import nn
 
 from utils.config import Config
 from utils.engine import make_criterion, make_optimizer
-from utils.runtime import Precision, Session10Error, keep_freed_memory
+from utils.runtime import Precision, Session10Error
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tqdm warns that its notebook detection is experimental
@@ -110,8 +110,6 @@ def sweep(model: nn.Module, loader: Iterable, config: Config, precision: Precisi
         (S,) LRs, equally spaced on a log axis, and (S,) losses, up to the first that is not finite or far above the
         first one.
     """
-    if precision.device.type == "cpu":
-        keep_freed_memory()
     model, epoch = copy.deepcopy(model), getattr(loader, "epoch", None)
     autocast = dict(device_type=precision.device.type, dtype=precision.dtype, enabled=precision.name != "fp32")
     mixed = dict(amp_backend="torch", amp_config=autocast, grad_scaler=precision.grad_scaler())

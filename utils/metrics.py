@@ -94,17 +94,16 @@ class History:
 
 
 def table_header() -> str:
-    return (
-        f"{'epoch':>5} {'lr':>8} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
-    )
+    names = f"{'lr':>8} {'train loss':>11} {'train acc':>10} {'test loss':>10} {'test acc':>9} {'seconds':>8}"
+    return f"{'epoch':>7} {names}"
 
 
-def table_row(history: History, epoch: int) -> str:
-    """The row of ``epoch``, counted from 0."""
+def table_row(history: History, epoch: int, epochs: int) -> str:
+    """The row of ``epoch``, counted from 0, of ``epochs``."""
     test = f"{'-':>10} {'-':>9}"
     if history.test_loss[epoch] is not None:
         test = f"{history.test_loss[epoch]:>10.4f} {history.test_accuracy[epoch]:>8.2f}%"
     return (
-        f"{epoch + 1:>5} {history.lr[epoch]:>8.1e} {history.train_loss[epoch]:>11.4f} "
+        f"{epoch + 1:>4}/{epochs:<2} {history.lr[epoch]:>8.1e} {history.train_loss[epoch]:>11.4f} "
         f"{history.train_accuracy[epoch]:>9.2f}% {test} {history.seconds[epoch]:>8.1f}"
     )

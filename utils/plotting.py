@@ -80,41 +80,6 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
-def draw_all(
-    config: Config,
-    dataset: ImageDataset,
-    model: CustomResNet,
-    lr_range: LRRange,
-    history: History,
-    predictions: Predictions,
-) -> dict[str, Figure]:
-    """Every figure of ``Results/``, by file name; one that fails is left out with a warning, for the others' sake."""
-    steps = math.ceil(len(dataset.train_labels) / config.batch_size)
-    tested = f"Seed {config.seed}; tested: the {'averaged' if config.ema_decay else 'latest'} weights"
-    drawings = {
-        "train.png": lambda: augmented_images(dataset, config),
-        "test.png": lambda: sample_images(dataset),
-        "lr_finder.png": lambda: lr_range_test(lr_range, config.label_smoothing),
-        "one_cycle.png": lambda: one_cycle(config, lr_range, steps),
-        "model_viz.png": lambda: training_curves(history, config.peak_epoch, tested),
-        "mis.png": lambda: mistakes(dataset, predictions),
-        "confusion_matrix.png": lambda: confusion_matrix(predictions, dataset.classes),
-        "class_accuracy.png": lambda: class_accuracy(predictions, dataset.classes),
-        "grad_cam.png": lambda: grad_cam(model, dataset, predictions),
-    }
-    if not len(lr_range.losses):  # the LRs were given
-        del drawings["lr_finder.png"]
-    figures = {}
-    for name, draw in drawings.items():
-        try:
-            figure = draw()
-            figure.draw_without_rendering()  # some errors are raised only when the text is laid out
-            figures[name] = figure
-        except Exception as error:
-            warnings.warn(f"{name} is left out: {type(error).__name__}: {error}", stacklevel=2)
-    return figures
-
-
 def _pictures(title: str, columns: int, height: float, cells: Sequence[tuple]) -> Figure:
     """Pictures in rows of ``height`` inches, pixel by pixel; a cell is (picture[, text above[, text below, is wrong]])."""
     rows = max(1, math.ceil(len(cells) / columns))

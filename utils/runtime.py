@@ -1,15 +1,10 @@
-"""What every module builds on: errors, seeds, device, precision, and files written whole."""
+"""What every module builds on: errors, seeds, device, precision."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import json
 import os
 import platform
 import random
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,21 +47,6 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def rng_states() -> dict:
-    """The states of torch's global generators: the CPU's, and the current GPU's or None."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_states(states: dict) -> None:
-    """Restore what ``rng_states`` returned; the GPU's state only if there was a GPU then and is one now."""
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 # --- device and precision ---------------------------------------------------------------------------------------------
 
 
@@ -103,31 +83,6 @@ def set_threads(count: int) -> None:
     if not 1 <= count <= os.cpu_count():
         raise ConfigError(f"threads is {count}: choose between 1 and {os.cpu_count()}, this machine's cores")
     torch.set_num_threads(count)
-
-
-# Parameters of glibc's mallopt(3): number and value, in bytes. First the one that some versions refuse.
-_MALLOPT = {
-    "M_MMAP_THRESHOLD": (-3, 1 << 30),  # only larger blocks live outside the heap, and are returned when freed
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),  # never return free memory at the end of the heap to the kernel
-    "M_TOP_PAD": (-2, 256 << 20),  # grow the heap in steps of this size
-}
-
-
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Let this process keep the CPU memory it frees, for the next training step.
-
-    By default glibc returns large blocks to the kernel, which must clear every page again in the next step. Measured on
-    2 cores with AVX512-BF16: a bf16 step of batch 512 fell from 2.29 s to 1.72 s, with 8% more peak memory. The results
-    stay the same.
-
-    Returns:
-        False, with nothing changed, if the C library is not glibc 2.35 or later (macOS, Windows, Alpine).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(number, value) == 1 for number, value in _MALLOPT.values())  # ends at the first that is refused
 
 
 @dataclass(frozen=True)
@@ -178,9 +133,6 @@ def cpu_has(*flags: str) -> bool:
     return any(capabilities.get(flag, False) for flag in flags)
 
 
-# --- where a result comes from ----------------------------------------------------------------------------------------
-
-
 def device_name(device: torch.device) -> str:
     """A name for logs: the GPU's, or the processor's with the number of threads in use."""
     if device.type == "cuda":
@@ -196,67 +148,6 @@ def device_name(device: torch.device) -> str:
     return f"{name} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def versions() -> dict[str, str]:
-    """The versions that a result is quoted with."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    if torch.cuda.is_available():
-        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    return found
-
-
-def code_commit() -> str:
-    """The commit of the running code, with ``+`` appended if Python files differ from it; "unknown" outside git."""
-
-    def git(*args: str) -> str:
-        options = dict(cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=10)
-        return subprocess.run(["git", *args], **options).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def printable(path: str | os.PathLike) -> str:
     """A path as text that every stream can print, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replace ``path`` in one step: after a crash or on a full disk it holds the old content or the new.
-
-    Args:
-        path: the file to write; its folder exists.
-        content: its new bytes.
-        keep: where the old file goes. A crash may leave it there while ``path`` is missing.
-
-    Raises:
-        OSError: it could not be written; ``path`` is as before.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the folder may be read-only or gone
-            part.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Replace ``path``, like ``write_atomically``, with indented JSON.
-
-    Raises:
-        OSError: as ``write_atomically``.
-        ValueError: ``content`` holds NaN or an infinite number, which JSON does not know.
-    """
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

@@ -1,188 +1,218 @@
-"""A checkpoint: one file with everything a run needs to continue exactly where it stopped.
+"""A run's folder: locked against other processes, always with an intact checkpoint, copied to a drive if wanted.
 
-The file is a line of text (format, SHA-256, run, epochs), then what ``torch.save`` writes. Reading checks the digest
-first and never unpickles code (``weights_only=True``). The run's record, all that was known before its first epoch, is
-in the same file, so the two cannot come from different runs.
-
-Resumed on the same machine with the same number of threads, a run ends bit for bit like one that was never stopped.
+A checkpoint is one file with everything that a run needs to continue exactly where it stopped: what ``torch.save`` writes,
+then the SHA-256 of it. It is written under another name, flushed to the disk and renamed, and the one before it is kept,
+so a kill at any moment leaves an intact one. Reading never unpickles code (``weights_only=True``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import io
-from collections.abc import Iterator
+import os
+import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from filelock import FileLock, Timeout
 
 from utils.engine import TrainState
 from utils.metrics import History
-from utils.runtime import Session10Error, rng_states, set_rng_states
+from utils.runs.files import write_atomically
+from utils.runtime import Session10Error, say
 
-MAGIC, FORMAT = b"session10-checkpoint", 2
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+# What a folder may hold before its run begins: logs, notes and notebooks, but no results.
+BESIDE_A_RUN = (".txt", ".log", ".ipynb", ".json")
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CheckpointError(Session10Error):
-    """A file that cannot be used; the message names it, the reason and the fix."""
+    """A folder or checkpoint that cannot be used; the message names it, the reason and the fix."""
 
 
-class DamagedError(CheckpointError):
-    """A file that is not an intact checkpoint; the previous one may still be one."""
+class RunLockedError(Session10Error):
+    """Another process is using the run folder."""
 
 
-class Header(NamedTuple):
-    """The first line of a checkpoint."""
+class RunFolder:
+    """Where a run keeps its checkpoints and results. Use as a context manager, or with ``open`` and ``close``.
 
-    digest: str
-    run_id: str
-    epochs: int
+    The lock is released however the process dies. The process itself may open the folder again, as when a notebook's cell
+    runs twice.
 
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A run after ``epochs`` epochs, on the CPU.
+    Args:
+        path: new, empty but for logs, or the folder of a run.
+        copy_to: a folder on a drive that outlives this machine: every checkpoint is copied there, and fetched from there
+            if ``path`` has none. A copy that fails is only warned about.
 
     Attributes:
-        run_id: drawn when the run began; unique.
-        epochs: finished epochs; 0 after the LR range test.
-        record: what was known before the first epoch (see ``report.run_record``).
-        state: tensors and plain values.
+        saved_epochs: epochs in the checkpoint that was last saved or restored here; None before that.
     """
 
-    run_id: str
-    epochs: int
-    record: dict
-    state: dict
+    def __init__(self, path: str | os.PathLike, copy_to: str | os.PathLike | None = None):
+        self.path = Path(path)
+        self.copy_to = Path(copy_to) if copy_to is not None else None
+        self.saved_epochs: int | None = None
+        self._lock = FileLock(self.path / ".lock", is_singleton=True)
 
-    @classmethod
-    def of(cls, state: TrainState, record: dict) -> Checkpoint:
-        """Everything in ``state``, and the state of every global random generator."""
+    @property
+    def holds_run(self) -> bool:
+        return any((self.path / name).exists() for name in (NEWEST, PREVIOUS))
+
+    def open(self) -> RunFolder:
+        """Lock the folder, and fetch its copy if there is no checkpoint here.
+
+        Raises:
+            CheckpointError: the folder holds something else than a run.
+            RunLockedError: another process is using it.
+            OSError: it cannot be written, or the drive's folder is missing.
+        """
+        if self.path.is_dir() and not self.holds_run:
+            foreign = [path.name for path in sorted(self.path.iterdir()) if _is_foreign(path)]
+            if foreign:
+                raise CheckpointError(
+                    f"{self.path.resolve()} holds {foreign[0]!r} but no checkpoint of a run, and nothing there is "
+                    "overwritten: choose a new --run-dir"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.copy_to is not None:
+            self.copy_to.parent.mkdir(exist_ok=True)  # not its parents: the drive may not be mounted
+            self.copy_to.mkdir(exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunLockedError(
+                f"{self.path} is in use by another process: wait for it, stop it, or choose another --run-dir"
+            ) from None
+        if self.copy_to is not None and not self.holds_run:
+            self._fetch()
+        return self
+
+    def close(self, *exc) -> None:
+        self._lock.release()
+
+    __enter__, __exit__ = open, close
+
+    def save(self, state: TrainState, record: dict) -> None:
+        """Write a checkpoint: ``state``, the states of the random generators, and ``record``, plain JSON values.
+
+        Raises:
+            OSError: it cannot be written; the ones before are kept.
+        """
         content = {
+            "record": record,
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "scheduler": state.scheduler.state_dict(),
             "scaler": state.scaler.state_dict(),
-            "averages": [average.state_dict() for average in state.averages],
+            "average": state.average.state_dict() if state.average is not None else None,
             "history": state.history.to_dict(),
             "rng": rng_states(),
         }
-        return cls(record["run_id"], state.history.epochs, record, content)
-
-    def encode(self) -> bytes:
-        """The file's bytes."""
         buffer = io.BytesIO()
-        torch.save(vars(self), buffer)
+        torch.save(content, buffer)
         payload = buffer.getvalue()
-        header = f" {FORMAT} {hashlib.sha256(payload).hexdigest()} {self.run_id} {self.epochs}\n"
-        return MAGIC + header.encode() + payload
+        write_atomically(self.path / NEWEST, payload + hashlib.sha256(payload).digest(), self.path / PREVIOUS)
+        self.saved_epochs = state.history.epochs
+        self.copy(NEWEST)
 
-    def restore(self, path: Path, state: TrainState) -> None:
-        """Load this into ``state`` and the global random generators; ``path`` is named in errors.
+    def load(self) -> dict | None:
+        """The newest intact checkpoint, as ``save`` wrote it and on the CPU; None if there is none.
 
         Raises:
-            CheckpointError: it was written for another model or by another version of this project.
+            CheckpointError: there are only damaged ones.
         """
-        content = self.state
-        with of_this_version(path):
-            differing = model_differences(content["model"], state.model)
-            if differing:
-                raise CheckpointError(f"{path} is of {differing}: choose another run folder")
-            state.model.load_state_dict(content["model"])
-            state.optimizer.load_state_dict(content["optimizer"])
-            state.scheduler.load_state_dict(content["scheduler"])
-            if content["scaler"] and state.scaler.is_enabled():  # empty if the run began in fp32 or bf16
-                state.scaler.load_state_dict(content["scaler"])
-            for average, saved in zip(state.averages, content["averages"], strict=True):
-                average.load_state_dict(saved)
-            state.history = History(**content["history"])
-            set_rng_states(content["rng"])
-
-
-@contextlib.contextmanager
-def of_this_version(path: Path) -> Iterator[None]:
-    """Turn the errors of reading an unknown layout into a ``CheckpointError`` about ``path``."""
-    try:
-        yield
-    except Session10Error:
-        raise
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} was written by another version of this project ({error!r}): finish the run with that version, "
-            "or choose another run folder"
-        ) from error
-
-
-def read_header(path: Path) -> Header:
-    """The first line of a checkpoint file, without reading the rest.
-
-    Raises:
-        DamagedError: it is not a checkpoint.
-        CheckpointError: it was written by a later version.
-        OSError: the file is missing or cannot be read.
-    """
-    with open(path, "rb") as file:
-        return _parse_header(path, file.readline(256))
-
-
-def decode(path: Path) -> Checkpoint:
-    """Read and check a checkpoint file.
-
-    Raises:
-        DamagedError: it is not a checkpoint, is damaged, or holds more than tensors and plain values.
-        CheckpointError: it cannot be read, or was written by a later version.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}), but it may be intact: make it readable for this user, or check "
-            "that its disk is there"
-        ) from error
-    line, _, payload = raw.partition(b"\n")
-    header = _parse_header(path, line)
-    if hashlib.sha256(payload).hexdigest() != header.digest:
-        raise DamagedError(f"{path} is damaged: its content does not match its checksum")
-    try:
-        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # a malicious file can make the unpickler fail in any way
-        raise DamagedError(
-            f"{path} is refused: it holds more than tensors and plain values, so loading it could run code"
-        ) from error
-    parts = {field.name for field in dataclasses.fields(Checkpoint)}
-    if not isinstance(content, dict) or content.keys() != parts:
-        raise DamagedError(f"{path} is not a Session 10 checkpoint: its parts are different")
-    if (content["run_id"], content["epochs"]) != (header.run_id, header.epochs):
-        raise DamagedError(f"{path} is damaged: its first line belongs to another checkpoint")
-    return Checkpoint(**content)
-
-
-def _parse_header(path: Path, line: bytes) -> Header:
-    magic, *fields = line.strip().split(b" ")
-    if magic != MAGIC:
-        raise DamagedError(f"{path} is not a Session 10 checkpoint, or its beginning is damaged")
-    try:
-        version, *fields = fields
-        if int(version) > FORMAT:
+        damaged = []
+        for path in (self.path / NEWEST, self.path / PREVIOUS):
+            if path.exists():
+                content = _read(path)
+                if content is not None:
+                    if damaged:
+                        damaged[0].unlink()  # else it would replace this one when the next is saved
+                        warnings.warn(f"{damaged[0]} is damaged: continuing from {path.name}", stacklevel=2)
+                    return content
+                damaged.append(path)
+        if damaged:
+            names = " and ".join(map(str, damaged))
             raise CheckpointError(
-                f"{path} was written by a later version of this project (format {int(version)}; this version reads "
-                f"{FORMAT}): continue with that version, or choose another run folder"
+                f"{names}: damaged, or not of this version of the project; delete {self.path} and start again"
             )
-        digest, run_id, epochs = fields
-        return Header(digest.decode("ascii"), run_id.decode("ascii"), int(epochs))
-    except ValueError as error:  # also for a missing field
-        raise DamagedError(f"{path} is damaged: its first line is incomplete") from error
+        return None
+
+    def restore(self, content: dict, state: TrainState) -> None:
+        """Put a loaded checkpoint into ``state`` and the random generators."""
+        state.model.load_state_dict(content["model"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.scheduler.load_state_dict(content["scheduler"])
+        if content["scaler"]:  # empty if the run began in fp32 or bf16
+            state.scaler.load_state_dict(content["scaler"])
+        if state.average is not None:
+            state.average.load_state_dict(content["average"])
+        state.history = History(**content["history"])
+        set_rng_states(content["rng"])
+        self.saved_epochs = state.history.epochs
+
+    def copy(self, name: str) -> None:
+        """Copy a file of the folder to the drive, if there is one."""
+        if self.copy_to is None:
+            return
+        keep = self.copy_to / PREVIOUS if name == NEWEST else None
+        try:
+            write_atomically(self.copy_to / name, (self.path / name).read_bytes(), keep)
+        except OSError as error:
+            warnings.warn(f"the run goes on, but is not copied: {error}", stacklevel=2)
+
+    def finish(self) -> None:
+        """Copy the results to the drive, and delete the checkpoint that a finished run no longer needs."""
+        for folder in filter(None, (self.path, self.copy_to)):
+            (folder / PREVIOUS).unlink(missing_ok=True)
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and not path.name.startswith((".", NEWEST)):
+                self.copy(path.name)
+
+    def _fetch(self) -> None:
+        for name in (PREVIOUS, NEWEST):
+            if (self.copy_to / name).exists():
+                write_atomically(self.path / name, (self.copy_to / name).read_bytes())
+                say(f"fetched {name} from {self.copy_to}")
 
 
-def model_differences(weights: dict[str, Tensor], model: nn.Module) -> str:
-    """The first tensor in ``weights`` that does not fit ``model``, in words; empty if all fit."""
-    there = {name: tuple(value.shape) for name, value in weights.items()}
-    here = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name in {**there, **here}:
-        if there.get(name) != here.get(name):
-            return f"another model ({name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here)"
-    return ""
+def rng_states() -> dict:
+    """The states of torch's global generators: the CPU's, and the current GPU's or None."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_states(states: dict) -> None:
+    """Restore what ``rng_states`` returned; the GPU's state only if there was a GPU then and is one now."""
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def copy_from_environment(run_dir: str | os.PathLike) -> Path | None:
+    """Where ``$S10_COPY_TO`` wants the copy of ``run_dir``, such as /content/drive/MyDrive/session10/full-seed0."""
+    folder, run_dir = os.environ.get("S10_COPY_TO"), Path(run_dir).resolve()
+    if not folder or Path(folder).expanduser().resolve() == run_dir.parent:
+        return None
+    return Path(folder).expanduser() / run_dir.name
+
+
+def _is_foreign(path: Path) -> bool:
+    is_beside = path.name.startswith(".") or path.suffix in BESIDE_A_RUN
+    return not is_beside or path.name == "metrics.json" or not path.is_file()
+
+
+def _read(path: Path) -> dict | None:
+    """A checkpoint's content; None if it is damaged or holds more than tensors and plain values."""
+    content = path.read_bytes()
+    payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    if hashlib.sha256(payload).digest() != digest:
+        return None
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception:  # a hostile file can make the unpickler fail in any way
+        return None

@@ -3,6 +3,7 @@
 ``archive``    CIFAR-10's official archive: download, unpack, read
 ``pictures``   pictures in class folders
 ``digits``     scikit-learn's digits, the stand-in when there is no network
+``find``       which of them, and in which folder
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from utils.lr_finder import LRRangeError
 from utils.runs import report
 from utils.runs.checkpoint import RunLockedError
 from utils.runs.cli import run_command
+from utils.runs.files import write_atomically, write_json
 from utils.runs.job import run_job
 from utils.runtime import ConfigError, say
 
@@ -65,7 +66,7 @@ def make(run: Run, folder: Path, dataset: ImageDataset, device: torch.device) ->
             record["train_accuracy"] = metrics["history"]["train_accuracy"][-1]
         except (NonFiniteLossError, LRRangeError) as error:
             record |= {"status": "failed", "reason": str(error), "device": runtime.device_name(device)}
-    runtime.write_json(folder / tables.RECORD_NAME, record)
+    write_json(folder / tables.RECORD_NAME, record)
     return record
 
 
@@ -102,7 +103,7 @@ def show(args: argparse.Namespace) -> None:
         say(f"\n{tables.seeds_section(data)}\n\n{tables.ablations_section(data)}\n\nwritten to {folder}")
         if args.publish:
             text = report.replace_block(README.read_text(encoding="utf-8"), "experiments", tables.readme_part(data))
-            runtime.write_atomically(README, text.encode())
+            write_atomically(README, text.encode())
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

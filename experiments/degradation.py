@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from utils import runtime
 from utils.dataset import ImageDataset, load_dataset
 from utils.runs.cli import run_command
+from utils.runs.files import write_json
 from utils.runtime import ConfigError
 from utils.transforms import normalize
 
@@ -138,7 +139,7 @@ def run_all(dataset: ImageDataset, out: Path, settings: dict, grid: dict) -> dic
         if case not in done:
             loss, error = training_error(small, **case, epochs=settings["epochs"]).T.round(4).tolist()
             stored["runs"].append({**case, "loss": loss, "error": error, "torch": torch.__version__})
-            runtime.write_json(out, stored)
+            write_json(out, stored)
             runtime.say(f"{case}: train error {error[-1]:.1f}%")
     return stored
 

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from experiments.variants import ABLATIONS, RECIPE, is_current
 from utils import plotting
+from utils.runs.files import write_atomically
 from utils.runs.report import markdown_table, replace_block
-from utils.runtime import PROJECT_ROOT, write_atomically
+from utils.runtime import PROJECT_ROOT
 
 RESULTS = PROJECT_ROOT / "experiments" / "results"
 RECORD_NAME, RECORDS_NAME, PAGE_NAME = "record.json", "runs.json", "README.md"

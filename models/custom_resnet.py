@@ -61,15 +61,8 @@ class ConvLayer(nn.Module):
 class CustomLayer(nn.Module):
     """One ``ConvLayer``, optionally followed by a residual block: ``x + R(x)``, where R is two ``ConvLayer``s.
 
-    Args:
-        in_channels, out_channels: channels of the input and the output.
-        pool: halve height and width in the first ``ConvLayer``.
-        residual: add the residual block.
-        skip: False leaves out its residual connection: ``R(x)``, with the same parameters.
-        options: of every ``ConvLayer``.
-
-    Shapes:
-        As ``ConvLayer``.
+    Channels, ``pool``, ``options`` and shapes are as in ``ConvLayer``. ``skip=False`` leaves out the residual connection:
+    ``R(x)``, with the same parameters.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ from tests.small_runs import (
     tiny_config,
 )
 from utils.runs.checkpoint import NEWEST, PREVIOUS, CheckpointError
-from utils.runs.job import Job, is_finished, run_job
-from utils.runs.report import ResultsError, read_metrics
+from utils.runs.job import Job, run_job
+from utils.runs.report import METRICS_NAME, ResultsError, read_metrics
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_never_was(tmp_path, toy
     assert exit_code(start_run([*argv, "--run-dir", str(tmp_path / "undisturbed")], toy)) == 0
     for kill in KILLS:
         assert exit_code(start_run(argv, toy, kill)) == -signal.SIGKILL
-        assert not is_finished(tmp_path / "run")
+        assert not (tmp_path / "run" / METRICS_NAME).exists()
     assert exit_code(start_run(argv, toy)) == 0
     assert identical(outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed"))
 
@@ -103,7 +103,7 @@ def test_an_interrupted_cell_run_again_continues_from_the_checkpoint(tmp_path, s
 
 def test_a_finished_run_leaves_its_results_and_one_checkpoint(tmp_path, small):
     metrics = run_job(tiny_config(), small, tmp_path / "run", device=CPU)
-    assert is_finished(tmp_path / "run")
+    assert (tmp_path / "run" / METRICS_NAME).exists()
     assert read_metrics(tmp_path / "run") == metrics
     with open(tmp_path / "run" / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -139,12 +139,12 @@ def test_results_that_could_not_be_written_are_written_by_resuming(tmp_path, sma
         patch.setattr(os, "fsync", full_disk)
         with pytest.raises(OSError, match="No space left"):
             job.finish()
-    assert not is_finished(tmp_path / "run")
+    assert not (tmp_path / "run" / METRICS_NAME).exists()
     with begin() as job:
         assert job.resumed_epochs == EPOCHS
         job.fit()
         job.finish()
-    assert is_finished(tmp_path / "run")
+    assert (tmp_path / "run" / METRICS_NAME).exists()
 
 
 def full_disk(descriptor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +20,10 @@ from utils.transforms import normalize
 
 @dataclass(frozen=True)
 class Predictions:
-    """The network's answers on N images, in the images' order.
+    """The network's answers on N images, in the images' order."""
 
-    Attributes:
-        probabilities: (N, C) float32, each row sums to 1.
-        labels: (N,) int64, the true classes.
-    """
-
-    probabilities: np.ndarray
-    labels: np.ndarray
+    probabilities: np.ndarray  # (N, C) float32, each row sums to 1
+    labels: np.ndarray  # (N,) int64, the true classes
 
     @property
     def predicted(self) -> np.ndarray:
@@ -87,20 +83,13 @@ def class_accuracy_lines(predictions: Predictions, classes: Sequence[str]) -> li
     ]
 
 
-@dataclass(frozen=True)
-class Mistakes:
-    """Wrong answers, the most confident first; every array has one entry per mistake.
+class Mistakes(NamedTuple):
+    """Wrong answers, the most confident first; every array has one entry per mistake."""
 
-    Attributes:
-        index: position of the image in the loader.
-        predicted, true: class numbers.
-        predicted_probability, true_probability: the network's probabilities of these two classes.
-    """
-
-    index: np.ndarray
-    predicted: np.ndarray
+    index: np.ndarray  # position of the image in the loader
+    predicted: np.ndarray  # class numbers
     true: np.ndarray
-    predicted_probability: np.ndarray
+    predicted_probability: np.ndarray  # the network's probabilities of these two classes
     true_probability: np.ndarray
 
 
@@ -110,22 +99,9 @@ def confident_mistakes(predictions: Predictions, count: int | None = None) -> Mi
     wrong = np.flatnonzero(predicted != predictions.labels)
     confidence = predictions.probabilities[wrong, predicted[wrong]]
     index = wrong[np.argsort(-confidence, kind="stable")][:count]
-    return Mistakes(
-        index=index,
-        predicted=predicted[index],
-        true=predictions.labels[index],
-        predicted_probability=predictions.probabilities[index, predicted[index]],
-        true_probability=predictions.probabilities[index, predictions.labels[index]],
-    )
-
-
-def frequent_confusions(predictions: Predictions, count: int = 5) -> list[tuple[int, int, int]]:
-    """Up to ``count`` pairs of classes that were confused, as ``(true, predicted, how often)``, most frequent first."""
-    matrix = confusion_matrix(predictions)
-    np.fill_diagonal(matrix, 0)
-    order = np.argsort(-matrix, axis=None, kind="stable")[:count]
-    pairs = np.column_stack(np.unravel_index(order, matrix.shape)).tolist()
-    return [(true, answer, int(matrix[true, answer])) for true, answer in pairs if matrix[true, answer]]
+    answers, truths, probabilities = predicted[index], predictions.labels[index], predictions.probabilities[index]
+    of_answer, of_truth = (np.take_along_axis(probabilities, each[:, None], 1)[:, 0] for each in (answers, truths))
+    return Mistakes(index, answers, truths, of_answer, of_truth)
 
 
 def classify(model: CustomResNet, pixels: np.ndarray, classes: Sequence[str], top: int = 3) -> list[tuple[str, float]]:

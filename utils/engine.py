@@ -77,11 +77,7 @@ class TrainState:
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward, loss, backward, Adam step.
-
-    Returns:
-        The (B, C) logits and the loss, computed before the weights moved; both detached.
-    """
+    """Forward, loss, backward, Adam step; returns the (B, C) logits and the loss, from before the weights moved."""
     with state.precision.autocast():
         logits = (state.parallel or state.model)(images)
     loss = state.criterion(logits.float(), labels)
@@ -243,11 +239,8 @@ def with_progress_bar(
 def build_model(config: Config, num_classes: int, precision: Precision | None = None, steps: int | None = None):
     """The untrained ``CustomResNet`` that ``config`` describes, on the CPU; ``init_patches`` is up to the caller.
 
-    Args:
-        config: the settings.
-        num_classes: size of the output.
-        precision: decides about packed convolutions; None: not packed.
-        steps: of the whole run; in a short one, batch norm's running statistics span fewer steps.
+    ``precision`` decides about packed convolutions. In a short run, one of few ``steps``, batch norm's running statistics
+    span fewer of them.
     """
     in_bf16_on_cpu = precision is not None and precision.name == "bf16" and precision.device.type == "cpu"
     has_amx = in_bf16_on_cpu and cpu_has("amx_bf16", "amx_tile")
@@ -264,8 +257,7 @@ def build_model(config: Config, num_classes: int, precision: Precision | None = 
 def start(model: nn.Module, config: Config, ends: tuple[float, float], steps_per_epoch: int, precision: Precision):
     """A new run: ``model`` moved to the device, with Adam, the weight average, and a cycle between ``ends``.
 
-    Raises:
-        ConfigError: the LRs or lengths make no cycle.
+    Raises ConfigError if the LRs or lengths make no cycle.
     """
     model = model.to(precision.device, memory_format=torch.channels_last)
     optimizer, lrs = make_optimizer(model, config, lr_max=ends[1]), lrs_for(config, *ends, steps_per_epoch)

@@ -115,9 +115,6 @@ def make_loaders(dataset: ImageDataset, config: Config, precision: Precision, ra
 
     Returns:
         ``(train, test)``; only train is shuffled, augmented and shared among processes.
-
-    Raises:
-        ConfigError: there are fewer images than a batch needs.
     """
     count = len(dataset.train_labels)
     if config.batch_size > count:

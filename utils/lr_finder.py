@@ -48,24 +48,15 @@ class LRRangeError(Session10Error):
 
 @dataclass(frozen=True)
 class LRRange:
-    """The result of a range test.
+    """The result of a range test of S steps; without curve and suggestions if the range was ``given``."""
 
-    Attributes:
-        lr_min, lr_max: the ends of the cycle.
-        lrs: (S,) float64, the LR of each step of the sweep.
-        losses: (S,) float64, the batch's loss before the step at that LR, with label smoothing; all finite.
-        smoothed: (S,) float64, the losses as the rules read them.
-        rule: the key of ``RULES`` that was used.
-        suggestions: the LR of every suggestion, by name.
-    """
-
-    lr_min: float
+    lr_min: float  # the ends of the cycle
     lr_max: float
-    lrs: np.ndarray
-    losses: np.ndarray
-    smoothed: np.ndarray
-    rule: str
-    suggestions: dict[str, float]
+    lrs: np.ndarray  # (S,) float64
+    losses: np.ndarray  # (S,) float64, the batch's before the step at that LR, with label smoothing; all finite
+    smoothed: np.ndarray  # (S,) float64, as the rules read them
+    rule: str  # the key of RULES that was used
+    suggestions: dict[str, float]  # the LR of each, by name
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
@@ -73,7 +64,7 @@ class LRRange:
 
     @classmethod
     def given(cls, lr_min: float, lr_max: float) -> LRRange:
-        """A range set by hand: no curve, no suggestions."""
+        """A range set by hand."""
         return cls(lr_min, lr_max, np.array([]), np.array([]), np.array([]), "given", {})
 
     @classmethod
@@ -90,11 +81,9 @@ def find_lr(model: nn.Module, train_loader: Iterable, config: Config, precision:
     Args:
         model: on ``precision.device``.
         train_loader: batches of (B, 3, 32, 32) float images and (B,) int64 labels; restarted when it runs out.
-        config: the settings of optimizer, loss and range test.
-        precision: as in training.
+        config, precision: as in training.
 
-    Raises:
-        LRRangeError: the curve does not show both ends.
+    Raises LRRangeError if the curve does not show both ends.
     """
     if config.lr_min is not None:
         return LRRange.given(config.lr_min, config.lr_max)
@@ -130,10 +119,8 @@ def sweep(model: nn.Module, loader: Iterable, config: Config, precision: Precisi
 def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum") -> LRRange:
     """Read the suggestions off a sweep: (S,) increasing LRs, and (S,) losses.
 
-    Raises:
-        LRRangeError: the curve is too short, never falls, or never rises again; or the rule puts LRMIN above LRMAX.
+    Raises LRRangeError if the curve is too short, never falls or never rises again, or the rule puts LRMIN above LRMAX.
     """
-    lrs, losses = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
     if len(lrs) < SMOOTHING_WINDOW:
         raise LRRangeError(
             f"the range test ended after {len(lrs)} steps, because the loss stopped being finite or exceeded "

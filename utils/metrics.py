@@ -53,24 +53,15 @@ class RunningMetrics:
 
 @dataclass
 class History:
-    """One entry per epoch in every list; index 0 is epoch 1.
+    """One entry per epoch in every list; index 0 is epoch 1. Losses are means per image, without label smoothing."""
 
-    Attributes:
-        lr: the LR of the epoch's last step.
-        train_loss, test_loss: mean cross-entropy per image, both without label smoothing.
-        train_accuracy, test_accuracy: percent. Train: on augmented images, while the weights were moving.
-            Test: None for epochs without a test.
-        seconds: wall time of training and testing.
-        train_size, test_size: the number of images behind each mean.
-    """
-
-    lr: list[float] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
-    train_accuracy: list[float] = field(default_factory=list)
-    test_loss: list[float | None] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)  # of the epoch's last step
+    train_loss: list[float] = field(default_factory=list)  # on augmented images, while the weights were moving
+    train_accuracy: list[float] = field(default_factory=list)  # percent
+    test_loss: list[float | None] = field(default_factory=list)  # None: no test after this epoch
     test_accuracy: list[float | None] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    train_size: int = 0
+    seconds: list[float] = field(default_factory=list)  # training and testing
+    train_size: int = 0  # the number of images behind each mean
     test_size: int = 0
 
     @property

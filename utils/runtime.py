@@ -53,10 +53,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """The device to train on. ``"auto"`` prefers CUDA, then Apple's mps, then the CPU.
 
-    ``"cuda:1"`` also becomes the current GPU, for code that does not name one.
-
-    Raises:
-        ConfigError: torch does not know the device, or this machine does not have it.
+    ``"cuda:1"`` also becomes the current GPU. Raises ConfigError if this machine or torch does not have the device.
     """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -75,11 +72,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def set_threads(count: int) -> None:
-    """Compute with ``count`` CPU threads; bit-identical runs need the same number.
-
-    Raises:
-        ConfigError: below 1, or above the number of cores.
-    """
+    """Compute with ``count`` CPU threads, at most one per core; bit-identical runs need the same number."""
     if not 1 <= count <= os.cpu_count():
         raise ConfigError(f"threads is {count}: choose between 1 and {os.cpu_count()}, this machine's cores")
     torch.set_num_threads(count)

@@ -58,11 +58,7 @@ def train_transform(pad: int = 4, flip: bool = True, cutout: int = 8, seed: int 
 
 
 def test_transform() -> A.Compose:
-    """The reference test pipeline: normalize, tensor.
-
-    Returns:
-        A callable: ``transform(image=<(H, W, 3) uint8>)["image"]`` is a (3, H, W) float32 tensor.
-    """
+    """The reference test pipeline, called alike: normalize, tensor."""
     return A.Compose([A.Normalize(mean=MEAN, std=STD, max_pixel_value=255.0), ToTensorV2()])
 
 
@@ -70,15 +66,9 @@ test_transform.__test__ = False  # despite its name, not a test for pytest
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels to normalized floats: (pixel / 255 - mean) / std.
+    """(N, H, W, 3) uint8 pixels to (N, 3, H, W) normalized floats: (pixel / 255 - mean) / std, computed in float32.
 
-    Args:
-        images: (N, H, W, 3) uint8.
-        dtype: of the result; the arithmetic is in float32.
-
-    Returns:
-        (N, 3, H, W) on the same device, in torch's channels_last format: the memory stays in NHWC order, without a
-        copy, and convolutions are fastest on it.
+    They are in torch's channels_last format: the memory stays in NHWC order, on which convolutions are fastest.
     """
     mean, std = _constant(MEAN, torch.float32, images.device), _constant(STD, torch.float32, images.device)
     scaled = images.float().mul_(1 / (255 * std)).sub_(mean / std)
@@ -92,31 +82,19 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def denormalize(images: Tensor) -> np.ndarray:
-    """The exact uint8 pixels behind normalized floats.
-
-    Args:
-        images: (3, H, W) or (N, 3, H, W) float32.
-
-    Returns:
-        (H, W, 3) or (N, H, W, 3) uint8.
-    """
-    mean = torch.tensor(MEAN).view(3, 1, 1)
-    std = torch.tensor(STD).view(3, 1, 1)
+    """The exact pixels behind normalized floats: (3, H, W) or (N, 3, H, W) -> (H, W, 3) or (N, H, W, 3) uint8."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     pixels = (images.detach().cpu().float() * std + mean) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().numpy()
 
 
 class Draws(NamedTuple):
-    """The random choices for N images, all (N,) tensors.
+    """The random choices for N images, all (N,) tensors."""
 
-    ``crop_y`` and ``crop_x``, int64: top left corner of the crop in the padded image, 0 to 2 * pad. ``flips``, bool:
-    mirrored. ``hole_y`` and ``hole_x``, int64: top left corner of the cutout square, 0 to 32 - cutout.
-    """
-
-    crop_y: Tensor
+    crop_y: Tensor  # int64, top left corner of the crop in the padded image, 0 to 2 * pad
     crop_x: Tensor
-    flips: Tensor
-    hole_y: Tensor
+    flips: Tensor  # bool, True: mirrored
+    hole_y: Tensor  # int64, top left corner of the cutout square, 0 to 32 - cutout
     hole_x: Tensor
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas
@@ -222,11 +221,6 @@ class Job:
         """What a run that ends now leaves behind; empty if that is nothing."""
         epochs = self.folder.saved_epochs
         return "" if epochs is None else f"{epochs} of {self.config.epochs} epochs are kept in {self.folder.path}"
-
-
-def is_finished(run_dir: str | os.PathLike) -> bool:
-    """True for the folder of a run that wrote its results."""
-    return (Path(run_dir) / report.METRICS_NAME).exists()
 
 
 def run_job(

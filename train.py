@@ -90,6 +90,8 @@ def run(job: Job, args: Namespace) -> None:
         say(f"resuming after epoch {job.resumed_epochs} of {job.config.epochs}")
     elif args.resume:
         say("nothing to resume: starting with epoch 1")
+    if not job.is_resumed and job.config.lr_min is None:
+        say(f"LR range test, {job.config.range_test_steps} steps:")
     found = job.find_lr()
     say(f"one cycle: LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e} ({found.rule})")
     job.fit()

@@ -88,7 +88,7 @@ def new_state(is_recorded: bool, scaler: torch.amp.GradScaler | None = None):
     state.scheduler = scheduler(state.optimizer, lrs)
     state.scaler = scaler or state.scaler
     if is_recorded:
-        state.step = RecordedStep(GraphOnCPU(state))
+        state.step = RecordedStep(is_compiled=True, capture=GraphOnCPU(state))
     return state
 
 

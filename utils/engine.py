@@ -274,7 +274,7 @@ def start(model: nn.Module, config: Config, ends: tuple[float, float], steps_per
         model.compile(mode=config.compile, dynamic=False)
     state = TrainState(model, optimizer, make_criterion(config), precision, precision.grad_scaler(), schedule, average)
     if is_recorded:
-        state.step = RecordedStep()
+        state.step = RecordedStep(is_compiled=config.compile != "off")
     return state
 
 
@@ -315,10 +315,12 @@ class RecordedStep:
     another size, like an epoch's last one, run eagerly. If a GPU refuses the recording, all steps do, after a warning.
 
     Args:
+        is_compiled: the model is; a smaller batch is not worth another compilation.
         capture: called with the step as a function without arguments; returns what replays it, and its result.
     """
 
-    def __init__(self, capture: Callable | None = None):
+    def __init__(self, is_compiled: bool = False, capture: Callable | None = None):
+        self.is_compiled = is_compiled
         self.capture = capture or cuda_graph
         self.eager_steps = EAGER_STEPS  # still to be made
         self.images: Tensor | None = None  # the recorded memory, of the size of the first batch
@@ -332,8 +334,8 @@ class RecordedStep:
             self._record(state)
         if self.replay is None or is_smaller:
             self.eager_steps -= not is_smaller
-            # A smaller batch is not worth another compilation.
-            with torch.compiler.set_stance("force_eager") if is_smaller else contextlib.nullcontext():
+            is_plain = is_smaller and self.is_compiled
+            with torch.compiler.set_stance("force_eager") if is_plain else contextlib.nullcontext():
                 return train_step(state, images, labels)
         self.images.copy_(images)
         self.labels.copy_(labels)

@@ -271,6 +271,8 @@ def start(model: nn.Module, config: Config, ends: tuple[float, float], steps_per
         every = 1 if steps < SHORT_RUN else min(EMA_EVERY, steps_per_epoch)  # counted within an epoch
         average = WeightAverage(model, min(config.ema_decay, 1 - 1 / memory_of(steps)), every)
     if config.compile != "off":
+        if precision.device.type == "cuda" and torch.cuda.get_device_capability(precision.device) < (8, 0):
+            warnings.warn("Triton's makers dropped this GPU: if compiling fails, set compile to 'off'", stacklevel=2)
         model.compile(mode=config.compile, dynamic=False)
     state = TrainState(model, optimizer, make_criterion(config), precision, precision.grad_scaler(), schedule, average)
     if is_recorded:

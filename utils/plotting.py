@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import seaborn as sns
 import torch
 from matplotlib import font_manager, style
 from matplotlib.figure import Figure
@@ -299,21 +300,17 @@ def confusion_matrix(predictions: Predictions, classes: Sequence[str]) -> Figure
     matrix, count = analysis.confusion_matrix(predictions), len(classes)
     percent = 100.0 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     mistaken = np.where(np.eye(count, dtype=bool), 0, percent)
+    words = [["" if value < 0.05 else f"{value:.1f}".replace("100.0", "100") for value in row] for row in percent]
     names, every = [_fit(name, 4) for name in classes], math.ceil(count / 30)
-    rotation, height = (90, 8) if count * max(map(len, names)) > 80 else (0, 6.6)
-    figure, axis = new_figure(height)
-    heat = axis.pcolormesh(mistaken, cmap="Reds", vmin=0, vmax=max(1, mistaken.max()), edgecolors="white", lw=0.5)
-    figure.colorbar(heat, label="% of the true class taken for another", shrink=0.8)
-    for (row, column), value in np.ndenumerate(percent) if count <= 16 else ():
-        color = "white" if mistaken[row, column] > 0.6 * mistaken.max() else "black"
-        words = "" if value < 0.05 else f"{value:.1f}".replace("100.0", "100")
-        style = {"ha": "center", "va": "center", "fontsize": 9, "fontweight": "bold" if row == column else "normal"}
-        axis.text(column + 0.5, row + 0.5, words, color=color, **style)
-    ticks = np.arange(0, count, every) + 0.5
-    axis.set_xticks(ticks, names[::every], fontsize=9, rotation=rotation)
-    axis.set_yticks(ticks, names[::every], fontsize=9)
-    axis.set(xlabel="predicted", ylabel="true", aspect="equal", ylim=(count, 0))
-    axis.grid(False)
+    figure, axis = new_figure(8 if count * max(map(len, names)) > 80 else 6.6)
+    look = dict(cmap="Reds", vmin=0, vmax=max(1, mistaken.max()), linewidths=0.5, square=True)
+    texts = dict(annot=np.array(words) if count <= 16 else None, fmt="", annot_kws={"fontsize": 9})
+    bar = dict(cbar_kws={"label": "% of the true class taken for another", "shrink": 0.8})
+    sns.heatmap(mistaken, **look, **texts, **bar, xticklabels=every, yticklabels=every, ax=axis)
+    rotation = 90 if count * max(map(len, names)) > 80 else 0
+    axis.set_xticklabels(names[::every], fontsize=9, rotation=rotation)
+    axis.set_yticklabels(names[::every], fontsize=9, rotation=0)
+    axis.set(xlabel="predicted", ylabel="true")
     figure.suptitle("Confusion matrix, percent of each true class (diagonal: correct)", x=0.01, ha="left")
     return figure
 

@@ -33,7 +33,7 @@ endef
 	$(call set-up,$(PYTHON))
 
 # The wanted Python if it runs (pyenv has commands that don't), else PYTHON.
-or_own = $(shell $(1) -c '' 2>/dev/null && echo $(1) || echo $(PYTHON))
+or_own = $(shell $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' 2>/dev/null && echo $(1) || echo $(PYTHON))
 
 .venv-oldest/.ready: requirements.txt requirements-dev.txt constraints/oldest.txt
 	$(call set-up,$(call or_own,python3.11),-c constraints/oldest.txt)

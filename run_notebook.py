@@ -8,14 +8,16 @@ import functools
 import logging
 import os
 import sys
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
 import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 
+from utils.runs.checkpoint import NEWEST
 from utils.runs.cli import run_command
+from utils.runs.report import METRICS_NAME
 from utils.runtime import PROJECT_ROOT, Session10Error, pick_device, say
 
 RUNS = PROJECT_ROOT / "runs"
@@ -38,6 +40,7 @@ def execute(notebook: Path, copy: Path, in_place: bool) -> None:
     A failed cell or a dead kernel is a ``Session10Error``.
     """
     copy.parent.mkdir(exist_ok=True)
+    copy.unlink(missing_ok=True)
     section = notebook.name
 
     def announce(cell: nbformat.NotebookNode, **_) -> None:
@@ -50,6 +53,8 @@ def execute(notebook: Path, copy: Path, in_place: bool) -> None:
     shown = dict(on_cell_start=announce, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False)
     try:
         papermill.execute_notebook(notebook, copy, coalesce_streams=True, **options, **shown)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        raise Session10Error(f"{notebook} is not a notebook: get a fresh copy") from error
     except papermill.PapermillExecutionError as error:
         raise Session10Error(f"{section}, cell {error.cell_index + 1}: {error.ename}: {error.evalue}") from error
     except DeadKernelError as error:
@@ -74,9 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     profile = os.environ.get("S10_PROFILE") or ("full" if pick_device().type == "cuda" else "quick")
     folder = args.run_dir.resolve() if args.run_dir else RUNS / (os.environ.get("S10_RUN_NAME") or f"{profile}-seed100")
+    later = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    taken = [folder, *takewhile(Path.exists, later)]
+    unfinished = [each for each in taken if (each / NEWEST).exists() and not (each / METRICS_NAME).exists()]
     if args.new and folder.exists():
-        folder = next(new for n in count(2) if not (new := folder.with_name(f"{folder.name}-{n}")).exists())
-    if args.new or args.run_dir:
+        folder = folder.with_name(f"{folder.name}-{len(taken) + 1}")
+    elif unfinished and not args.new:
+        folder = unfinished[-1]
+    if args.new or args.run_dir or folder != taken[0]:
         os.environ["S10_RUN_NAME"] = str(folder)
     if args.publish:
         os.environ["S10_PUBLISH"] = "1"

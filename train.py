@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     def saved_message(error: BaseException) -> str:
         saved = job.saved_message() if job is not None else ""
         if isinstance(error, LRRangeError):
-            return "or give both ends of the cycle with --lr-min and --lr-max"
+            return "the flags are --lr-min and --lr-max"
         if isinstance(error, NonFiniteLossError):  # the same epochs would diverge again
             low, high = job.lr_range.lr_min / 3, job.lr_range.lr_max / 3
-            return f"{saved}: start again in another --run-dir with --lr-min {low:.1e} --lr-max {high:.1e}"
+            return f"{saved or 'it diverged'}: start again in another --run-dir with --lr-min {low:.1e} --lr-max {high:.1e}"
         return f"{saved}: add --resume to the same command to continue" if saved else ""
 
     return run_command("train.py", train, saved_message)

@@ -174,9 +174,10 @@ def profile_steps(run: Callable[[], object], steps: int) -> dict:
 
 def cold_start(args: argparse.Namespace) -> Iterator[dict]:
     """The stages of a first run; nothing else may have used the device in this process."""
+    yield dict(part="cold-start", name="the device's start", images=0, seconds=args.device_seconds)
     made = []  # the state and its loaders
     stages = {
-        "the device's start, images, network": lambda: made.extend(new_run("cold-start", args)),
+        "images, network": lambda: made.extend(new_run("cold-start", args)),
         "range test": lambda: lr_finder.sweep(made[0].model, made[1], Config(), made[0].precision),
         "first epoch": lambda: engine.train_epoch(*made[:2]),
         "second epoch": lambda: engine.train_epoch(*made[:2]),
@@ -261,7 +262,10 @@ def publish(files: Sequence[Path]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what ``args`` ask for, and write the file after every part."""
+    began = time.perf_counter()
     args.device = runtime.pick_device(args.device)
+    torch.zeros(1, device=args.device)
+    args.device_seconds = time.perf_counter() - began
     keep_freed_memory()
     on_cuda = args.device.type == "cuda"
     args.has_gpu_rows = on_cuda or args.quick

@@ -8,6 +8,7 @@ the file lacks. He et al. (2015) trained for 64,000 steps; 600 show how fast a n
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
@@ -145,4 +146,5 @@ def run_all(dataset: ImageDataset, out: Path, settings: dict, grid: dict) -> dic
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # for --help
     sys.exit(run_command("experiments.degradation", lambda: run_all(load_dataset(), STORED, SETTINGS, GRID)))

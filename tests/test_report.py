@@ -237,3 +237,10 @@ def test_the_shipped_weights_score_exactly_what_metrics_say(cifar10):
     figures = report.test_figures(predicted, cifar10.fingerprint)
     names = [name for name in figures if name.startswith("test_accuracy")]
     assert {name: figures[name] for name in names} == {name: PUBLISHED[name] for name in names}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"loss": 1}'])
+def test_metrics_that_no_run_wrote_are_named(tmp_path, content):
+    (tmp_path / report.METRICS_NAME).write_text(content)
+    with pytest.raises(report.ResultsError, match=r"metrics.json is not what a finished run writes"):
+        report.read_metrics(tmp_path)

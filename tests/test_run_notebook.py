@@ -71,6 +71,24 @@ def test_the_run_folder_and_publishing_reach_the_notebook(notebook, runs):
 
 
 @pytest.mark.slow
+def test_the_newest_unfinished_run_goes_on(notebook, runs):
+    for name, files in (("quick-seed100", ("checkpoint.pt", "metrics.json")), ("quick-seed100-2", ("checkpoint.pt",))):
+        (runs / name).mkdir(parents=True)
+        for file in files:
+            (runs / name / file).touch()
+    assert run_notebook.main([str(notebook("import os\nprint(os.environ['S10_RUN_NAME'])"))]) == 0
+    assert printed(runs / "small-quick-seed100-2.ipynb") == f"first\n{runs / 'quick-seed100-2'}\nlast\n"
+
+
+def test_a_file_that_is_no_notebook_is_named(runs, tmp_path, capsys):
+    (tmp_path / "notes.ipynb").write_text("notes")
+    assert run_notebook.main([str(tmp_path / "notes.ipynb")]) == 1
+    assert (
+        capsys.readouterr().err == f"run_notebook.py: {tmp_path / 'notes.ipynb'} is not a notebook: get a fresh copy\n"
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "reason"),
     [

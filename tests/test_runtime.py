@@ -49,6 +49,22 @@ def test_what_this_machine_lacks_is_refused_with_the_alternatives(monkeypatch, c
         choose()
 
 
+def test_a_gpu_that_torch_has_no_code_for_is_passed_over_or_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "compute_90"])
+    for capability, is_usable in (((6, 0), False), ((7, 5), True), ((8, 9), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        if is_usable:
+            assert pick_device("auto").type == pick_device("cuda").type == "cuda"
+            continue
+        with pytest.warns(UserWarning, match="no code for Tesla P100: computing without it"):
+            assert pick_device("auto").type != "cuda"
+        with pytest.raises(ConfigError, match=r"device is 'cuda' .*no code for Tesla P100"):
+            pick_device("cuda")
+
+
 def test_seeds_and_saved_states_repeat_the_draws():
     runtime.seed_everything(3)
     states, first, numpys = rng_states(), torch.rand(4), np.random.rand()

@@ -251,7 +251,7 @@ def test_a_range_test_without_an_answer_names_what_to_change(tmp_path, run):
     code, lines, _ = run(arguments(tmp_path / "run", "--range-test-end", "1e-5", lrs=()))
     assert code == 1
     assert len(lines) == 1
-    assert lines[0].endswith("or give both ends of the cycle with --lr-min and --lr-max")
+    assert lines[0].endswith("the flags are --lr-min and --lr-max")
 
 
 def leave():

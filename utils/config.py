@@ -48,7 +48,7 @@ class Config:
     profile: _is(Literal[tuple(PROFILES)], "full: the recipe; quick: minutes on a CPU, for its workings only") = "full"
 
     # --- data -------------------------------------------------------------------------------------------------
-    train_images: _is(int | None, "size of a class-balanced subset; None: all", ge=1) = None
+    train_images: _is(int | None, "size of a class-balanced subset; not set: all", ge=1) = None
     test_images: _is(int | None, "the same for the test set", ge=1) = None
     batch_size: _is(int, "images per step", ge=1) = 512
 
@@ -97,7 +97,7 @@ class Config:
     deterministic: _is(bool, "CUDA only: bit-identical reruns; CPU runs always are") = False
     packed: _is(Literal["auto", "on", "off"], "small maps side by side (models/packed.py); auto: with AMX") = "auto"
     recorded: _is(Literal["auto", "off"], "auto: on CUDA the step is recorded once and replayed") = "auto"
-    compile: _is(Literal["off", "default"], "torch.compile: minutes at the start, faster GPU steps") = "off"
+    compile: _is(Literal["off", "default"], "torch.compile: minutes at the start; not timed on a GPU yet") = "off"
 
     @model_validator(mode="after")
     def _check_together(self) -> Config:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
+        if has["cuda"] and (reason := why_unusable(torch.device("cuda"))):
+            warnings.warn(f"{reason}: computing without it", stacklevel=1)  # one place: one warning
+            has["cuda"] = False
         name = next(kind for kind, is_here in has.items() if is_here)
     try:
         device = torch.device(name)
@@ -64,11 +69,29 @@ def pick_device(name: str = "auto") -> torch.device:
             raise RuntimeError(f"torch sees no {device.type} here")
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)
+            if reason := why_unusable(device):
+                raise RuntimeError(reason)
     except RuntimeError as error:
         raise ConfigError(
             f"device is {name!r} ({error}): choose one of {', '.join(d for d in has if has[d])}"
         ) from None
     return device
+
+
+def why_unusable(gpu: torch.device) -> str | None:
+    """Why this torch has no code for ``gpu``, such as Kaggle's P100; None if it has.
+
+    Code for ``sm_80`` runs on later GPUs of the same major version, ``compute_80`` on all later ones.
+    """
+    capability = torch.cuda.get_device_capability(gpu)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    if not all(built):  # AMD's GPUs have other names
+        return None
+    for kind, *digits in (match.groups() for match in built):
+        major, minor = map(int, digits)
+        if (major, minor) <= capability and (kind == "compute" or major == capability[0]):
+            return None
+    return f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(gpu)}"
 
 
 def set_threads(count: int) -> None:

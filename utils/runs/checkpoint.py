@@ -7,6 +7,7 @@ so a kill at any moment leaves an intact one. Reading never unpickles code (``we
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -90,7 +91,7 @@ class RunFolder:
         return self
 
     def close(self, *exc) -> None:
-        self._lock.release()
+        self._lock.release(force=True)  # however often it was opened
 
     __enter__, __exit__ = open, close
 
@@ -166,7 +167,8 @@ class RunFolder:
     def finish(self) -> None:
         """Copy the results to the drive, and delete the checkpoint that a finished run no longer needs."""
         for folder in filter(None, (self.path, self.copy_to)):
-            (folder / PREVIOUS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the drive may be gone
+                (folder / PREVIOUS).unlink(missing_ok=True)
         for path in sorted(self.path.iterdir()):
             if path.is_file() and not path.name.startswith((".", NEWEST)):
                 self.copy(path.name)

@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = str(field.default).replace("None", "not set")
         if field.name in PROFILES["quick"]:
             default += f"; quick: {PROFILES['quick'][field.name]}"
+        if field.name == "profile":
+            default = "full with a GPU, else quick"
         options: dict[str, Any] = {"help": f"{about.description} (default: {default})", "default": None}
         if about.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction

@@ -129,7 +129,7 @@ class Job:
         if differing:
             copy = f" and its copy, {self.folder.copy_to}" if self.folder.copy_to else ""
             raise CheckpointError(
-                f"{self.folder.path} is of another run: {'; '.join(differing)}. Choose another --run-dir, or delete it{copy}"
+                f"{self.folder.path} is of another run: {'; '.join(differing)}. Choose another run folder (make run: ARGS=--new), or delete it{copy}"
             )
         return checkpoint
 

@@ -10,6 +10,7 @@ import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,7 @@ def join_ranks(device_name: str) -> tuple[Ranks, str]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # clusters set WORLD_SIZE for reasons of their own
         return Ranks(), device_name
     uses_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
-    dist.init_process_group("nccl" if uses_gpu else "gloo")
+    wait = timedelta(hours=2)  # NCCL's own 10 minutes are too short for a slow download
+    dist.init_process_group("nccl" if uses_gpu else "gloo", timeout=wait)
     atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size()), f"cuda:{os.environ['LOCAL_RANK']}" if uses_gpu else "cpu"

@@ -139,9 +139,12 @@ def read_metrics(folder: str | Path = RESULTS) -> dict:
     path = Path(folder) / METRICS_NAME
     if not path.exists():
         raise ResultsError(f"no {path}: a run writes it when it is finished")
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    # Older metrics say it only in the description.
-    metrics.setdefault("split", "validation" if "held out for validation" in metrics["data"] else "test")
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        # Older metrics say it only in the description.
+        metrics.setdefault("split", "validation" if "held out for validation" in metrics["data"] else "test")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResultsError(f"{path} is not what a finished run writes ({error}): finish the run again") from error
     return metrics
 
 

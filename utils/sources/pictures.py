@@ -128,7 +128,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         result = _decode(path)
     if isinstance(result, np.ndarray):
         return result
-    raise result or DatasetError(f"{printable(path)}: not a picture that Pillow reads{HEIC_HINT}")
+    hint = HEIC_HINT if str(path).lower().endswith(".heic") else ""
+    raise result or DatasetError(f"{printable(path)}: not a picture in one of {', '.join(FORMATS)}{hint}")
 
 
 def _decode(path: str | os.PathLike) -> np.ndarray | DatasetError | None:

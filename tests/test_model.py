@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -119,6 +120,23 @@ def test_both_forms_of_ghost_batch_norm_give_the_same_bits(count):
         out, statistics = form(x, weight, bias, 3, 1e-5)
         results.append((out, statistics, *torch.autograd.grad(out, (x, weight, bias), outer)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_ghost_batches_are_the_same():
+    torch.manual_seed(0)
+    eager = GhostBatchNorm2d(16, group=4)
+    compiled = copy.deepcopy(eager)
+    torch.compiler.reset()
+    compiled.compile(dynamic=False)
+    images, outer = torch.randn(12, 16, 6, 6), torch.randn(12, 16, 6, 6)
+    for norm in (eager, compiled):
+        norm(images).backward(outer)
+    torch.compiler.reset()
+    torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()))
+    for found, expected in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_principal_patches_are_uncorrelated_and_ordered():

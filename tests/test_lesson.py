@@ -104,6 +104,8 @@ def cycle_lr(step: int, *cycle) -> float:
             "not yet: .* x must come out",
         ),
         (lambda: lesson.check_block(variant(lambda self, x: None)), "not yet: forward returns nothing"),
+        (lambda: lesson.check_block(variant(lambda self, x: x)), "not yet: one of the two layers does nothing"),
+        (lambda: lesson.check_block(variant(lambda self, x: x + self.block[0](x))), "not yet: one of the two layers"),
         (lambda: lesson.check_block(lambda channels: Block(channels, 1)), "not yet: .* 304 .*, your block has 152"),
         (lambda: lesson.check_block(None), "not yet: TypeError"),
         (lambda: lesson.check_lr(cycle_lr), "right"),

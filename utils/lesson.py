@@ -96,6 +96,9 @@ def check_block(answer: Callable[[int], nn.Module]) -> None:
         count, expected = sum(p.numel() for p in block.parameters()), 2 * (9 * 4 * 4 + 2 * 4)
         if count != expected:
             return f"two ConvLayers of 4 channels have {expected} parameters, your block has {count}"
+        weights = list(block.parameters())
+        if not out.requires_grad or None in torch.autograd.grad(out.sum(), weights, allow_unused=True):
+            return "one of the two layers does nothing for the output"
         for parameter in block.parameters():
             parameter.data.zero_()
         return (

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     unfinished = [each for each in taken if (each / NEWEST).exists() and not (each / METRICS_NAME).exists()]
     if args.new and folder.exists():
         folder = folder.with_name(f"{folder.name}-{len(taken) + 1}")
-    elif unfinished and not args.new:
+    elif unfinished and not (args.new or args.run_dir or os.environ.get("S10_RUN_NAME")):
         folder = unfinished[-1]
     if args.new or args.run_dir or folder != taken[0]:
         os.environ["S10_RUN_NAME"] = str(folder)

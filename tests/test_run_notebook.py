@@ -78,6 +78,9 @@ def test_the_newest_unfinished_run_goes_on(notebook, runs):
             (runs / name / file).touch()
     assert run_notebook.main([str(notebook("import os\nprint(os.environ['S10_RUN_NAME'])"))]) == 0
     assert printed(runs / "small-quick-seed100-2.ipynb") == f"first\n{runs / 'quick-seed100-2'}\nlast\n"
+    path = str(runs / "quick-seed100")  # a folder that is named is the one
+    assert run_notebook.main([str(notebook("import os\nprint(os.environ['S10_RUN_NAME'])")), "--run-dir", path]) == 0
+    assert printed(runs / "small-quick-seed100.ipynb") == f"first\n{path}\nlast\n"
 
 
 def test_a_file_that_is_no_notebook_is_named(runs, tmp_path, capsys):

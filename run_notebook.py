@@ -21,17 +21,16 @@ from utils.runs.report import METRICS_NAME
 from utils.runtime import PROJECT_ROOT, Session10Error, pick_device, say
 
 RUNS = PROJECT_ROOT / "runs"
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Remove progress bars, whose widgets end with the kernel, and what differs each time: warnings and timings."""
+    """Remove what differs each time: warnings and timings."""
     for metadata in (notebook.metadata, *(cell.metadata for cell in notebook.cells)):
-        for key in ("papermill", "execution", "widgets", *(() if metadata.get("tags") else ["tags"])):
+        for key in ("papermill", "execution", *(() if metadata.get("tags") else ["tags"])):
             metadata.pop(key, None)
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
-        outputs[:] = [each for each in outputs if each.get("name") != "stderr" and WIDGET not in each.get("data", ())]
+        outputs[:] = [each for each in outputs if each.get("name") != "stderr"]
 
 
 def execute(notebook: Path, copy: Path, in_place: bool) -> None:
@@ -90,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["S10_RUN_NAME"] = str(folder)
     if args.publish:
         os.environ["S10_PUBLISH"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # a stored output keeps every state of a bar
     copy = RUNS / f"{args.notebook.stem}-{folder.name}.ipynb"
     body = functools.partial(execute, args.notebook.resolve(), copy, args.in_place)
     return run_command("run_notebook.py", body, lambda error: f"the notebook so far is {copy}" if copy.exists() else "")

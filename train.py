@@ -23,10 +23,11 @@ try:
     from utils.dataset import load_dataset
     from utils.engine import NonFiniteLossError
     from utils.lr_finder import LRRangeError
-    from utils.runs import report
+    from utils.runs import machine, report
     from utils.runs.cli import add_arguments, from_arguments, run_command
     from utils.runs.job import Job
     from utils.runs.ranks import join_ranks
+    from utils.sources import printable
 except ModuleNotFoundError as missing:
     sys.exit(f"train.py: {missing}. `make run` sets up .venv; then use .venv/bin/python")
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         job = Job(config, dataset, run_dir, device=device, ranks=ranks, resume=args.resume)
         processes = f", {ranks.world} processes" if ranks.world > 1 else ""
         ranks.say(
-            f"{config.profile} profile, seed {config.seed}, {job.precision.name} on {runtime.device_name(device)}{processes}\n"
+            f"{config.profile} profile, seed {config.seed}, {job.precision.name} on {machine.device_name(device)}{processes}\n"
             f"{dataset.description}: {len(dataset.train_labels):,} train, {len(dataset.test_labels):,} test images"
         )
         with job:
@@ -90,8 +91,6 @@ def run(job: Job, args: Namespace) -> None:
         say(f"resuming after epoch {job.resumed_epochs} of {job.config.epochs}")
     elif args.resume:
         say("nothing to resume: starting with epoch 1")
-    if not job.is_resumed and job.config.lr_min is None:
-        say(f"LR range test, {job.config.range_test_steps} steps:")
     found = job.find_lr()
     say(f"one cycle: LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e} ({found.rule})")
     job.fit()
@@ -103,7 +102,7 @@ def run(job: Job, args: Namespace) -> None:
         report.publish(job.folder.path)
     say(
         f"done: test accuracy {report.accuracies(results.metrics)} after {job.config.epochs} epochs in "
-        f"{report.duration(results.metrics['wall_seconds'])}; results in {runtime.printable(where)}"
+        f"{report.duration(results.metrics['wall_seconds'])}; results in {printable(where)}"
     )
 
 

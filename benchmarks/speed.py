@@ -36,7 +36,7 @@ from utils.runs import report
 from utils.runs.checkpoint import RunFolder
 from utils.runs.cli import run_command
 from utils.runs.files import write_json
-from utils.runs.machine import code_commit, keep_freed_memory, versions
+from utils.runs.machine import code_commit, device_name, keep_freed_memory, versions
 from utils.runtime import PROJECT_ROOT, ConfigError, say
 from utils.transforms import test_transform, train_transform
 
@@ -275,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
     args.sizes = dict.fromkeys(PARTS, sizes)
     if not args.quick:
         args.sizes |= {"step": (50 * 512, 1)} if on_cuda else {"augmentation": (10_000, 1)}
-    machine = dict(device=runtime.device_name(args.device), loader_processes=args.workers, quick=args.quick)
+    machine = dict(device=device_name(args.device), loader_processes=args.workers, quick=args.quick)
     machine |= dict(versions=versions(), commit=code_commit())
     path, parts = args.out / ("gpu.json" if on_cuda else f"speed-{args.device.type}.json"), args.only or PARTS
     stored = dict(machine=machine, note=args.note, rows=[])

@@ -37,6 +37,7 @@ from utils.runs.checkpoint import RunLockedError
 from utils.runs.cli import run_command
 from utils.runs.files import write_atomically, write_json
 from utils.runs.job import run_job
+from utils.runs.machine import device_name
 from utils.runtime import ConfigError, say
 
 README = runtime.PROJECT_ROOT / "README.md"
@@ -65,7 +66,7 @@ def make(run: Run, folder: Path, dataset: ImageDataset, device: torch.device) ->
             record |= {"status": "done", **{name: metrics[name] for name in tables.RECORDED if name in metrics}}
             record["train_accuracy"] = metrics["history"]["train_accuracy"][-1]
         except (NonFiniteLossError, LRRangeError) as error:
-            record |= {"status": "failed", "reason": str(error), "device": runtime.device_name(device)}
+            record |= {"status": "failed", "reason": str(error), "device": device_name(device)}
     write_json(folder / tables.RECORD_NAME, record)
     return record
 

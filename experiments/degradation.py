@@ -24,6 +24,7 @@ from utils import runtime
 from utils.dataset import ImageDataset, load_dataset
 from utils.runs.cli import run_command
 from utils.runs.files import write_json
+from utils.runs.machine import device_name
 from utils.runtime import ConfigError
 from utils.transforms import normalize
 
@@ -82,8 +83,7 @@ def training_error(
         dataset: a small subset; 1,500 images take a few seconds.
         seed: of weights and order; torch's generator is afterwards as before.
 
-    Returns:
-        (epochs, 2) float64: the mean loss in nats and the error in percent on the train images, measured while training.
+    Returns (epochs, 2) float64: mean loss in nats and error in percent on the train images, measured while training.
     """
     images, labels = shrunken(dataset.train_images), torch.from_numpy(dataset.train_labels)
     curve = np.zeros((epochs, 2))
@@ -105,9 +105,7 @@ def training_error(
 def stored_curves(path: str | Path = STORED) -> tuple[dict[str, dict[str, np.ndarray]], str]:
     """The stored train errors, each network at the LR with the lowest mean error in the last epoch.
 
-    Returns:
-        ``(panels, description)``: by kind of network, by depth and LR, (seeds, epochs) train errors in percent; and what
-        the runs are.
+    Returns by kind of network, by depth and LR, (seeds, epochs) train errors in percent; and what the runs are.
     """
     stored = json.loads(Path(path).read_text(encoding="utf-8"))
     runs = pd.DataFrame(stored["runs"])
@@ -127,10 +125,9 @@ def stored_curves(path: str | Path = STORED) -> tuple[dict[str, dict[str, np.nda
 def run_all(dataset: ImageDataset, out: Path, settings: dict, grid: dict) -> dict:
     """Make every run of ``grid`` that ``out`` does not hold yet, and write the file after each; returns its content.
 
-    Raises:
-        ConfigError: the images are a stand-in, or ``out`` holds runs with other settings or data.
+    Raises ConfigError if the images are a stand-in, or ``out`` holds runs with other settings or data.
     """
-    about = {**settings, "data": dataset.description, "device": runtime.device_name(torch.device("cpu"))}
+    about = {**settings, "data": dataset.description, "device": device_name(torch.device("cpu"))}
     stored = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {**about, "runs": []}
     if dataset.is_stand_in or any(stored[name] != about[name] for name in (*settings, "data")):
         raise ConfigError(f"{out} is not for these settings and images, {about}: name CIFAR-10, or move the file away")

@@ -54,8 +54,7 @@ def prefers_small_calls(device: torch.device) -> bool:
 def group_by_group(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Normalize (N, C, H, W) with one call per group, without copies.
 
-    Returns:
-        The output, and (2, groups, C) statistics: the means, and the unbiased variances.
+    Returns the output, and (2, groups, C) statistics: the means, and the unbiased variances.
     """
     return _GroupByGroup.apply(x, weight, bias, groups, eps)
 

@@ -72,7 +72,7 @@ OTHERS = """
 --profile quick --train-images 300 --test-images 20 --batch-size 30 --pad 3
 --no-flip --no-alternate-flip --cutout 6 --width 8 --dropout 0.1 --no-residual --ghost-batch 16 --init default
 --beta1 0.8 --beta2 0.95 --decay-at-peak 0.001 --coupled-decay 0.0001 --label-smoothing 0.1 --ema-decay 0.5 --epochs 7
---peak-epoch 3 --schedule constant --lr-min 0.0001 --lr-max 0.01 --lr-rule valley-minimum --lr-scale 0.4
+--peak-epoch 3 --schedule constant --lr-min 0.0001 --lr-max 0.01 --lr-rule steepest-minimum --lr-scale 0.4
 --range-test-start 0.1 --range-test-end 10.0 --range-test-steps 50 --seed 3 --eval-every 2 --precision bf16
 --deterministic --packed off --recorded off --compile default
 """

@@ -50,7 +50,7 @@ def test_a_run_gets_every_figure_that_results_holds(run):
 def test_a_figure_that_fails_is_left_out_with_one_warning_and_given_lrs_have_no_range_test_to_show(run):
     blind = dataclasses.replace(run["dataset"], test_images=run["dataset"].test_images[:0])
     with pytest.warns(UserWarning, match="left out: IndexError") as seen:
-        drawn = figures.draw_all(**{**run, "dataset": blind, "lr_range": LRRange.given(1e-3, 1e-2)})
+        drawn = figures.draw_all(**{**run, "dataset": blind, "lr_range": LRRange(1e-3, 1e-2)})
     assert {"train.png", "confusion_matrix.png", "one_cycle.png"} < set(drawn)
     left_out = {str(each.message).split()[0] for each in seen}
     assert {"mis.png", "grad_cam.png"} <= left_out

@@ -33,33 +33,6 @@ def test_small_runs_learn_repeat_and_leave_the_global_generator_unchanged(toy):
     assert constant.lr == pytest.approx([1e-2] * 3)
 
 
-@pytest.mark.parametrize(
-    ("he_init", "batch_norm", "plain", "skip"),
-    [
-        (False, False, (-18, -15), (-1, 1)),  # vanishes; level
-        (True, False, (-1, 1), (3, 5)),  # level; explodes
-        (False, True, (2, 3), (0.5, 1)),  # explodes; much less
-        (True, True, (2, 3), (0.5, 1)),
-    ],
-)
-def test_gradients_vanish_or_explode_as_the_appendix_says(he_init, batch_norm, plain, skip):
-    for skips, (low, high) in ((False, plain), (True, skip)):
-        norms = lesson.gradient_norms(20, skips, batch_norm, he_init)
-        assert len(norms) == 21
-        assert low < np.log10(norms[0] / norms[-1]) < high
-
-
-def test_decoupled_decay_is_the_same_for_all_weights_and_coupled_is_not():
-    decoupled, coupled = (
-        [lesson.weight_after_decay(gradient, decoupled=kind) for gradient in (0.01, 1.0, 10.0)]
-        for kind in (True, False)
-    )
-    assert decoupled == pytest.approx([np.exp(-0.1)] * 3, abs=0.003)
-    assert coupled == sorted(coupled)
-    assert coupled[0] < 0.3
-    assert coupled[-1] > 0.98
-
-
 def test_activation_maps_point_at_what_speaks_for_the_class():
     """A head that reads one channel of the last map: the evidence is where that channel is bright."""
     reader = CustomResNet(width=8)

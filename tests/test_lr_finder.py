@@ -11,7 +11,7 @@ import torch
 from utils.config import from_profile
 from utils.engine import build_model
 from utils.loaders import make_loaders
-from utils.lr_finder import RULES, LRRange, LRRangeError, find_lr, read_curve, sweep
+from utils.lr_finder import LRRange, LRRangeError, find_lr, read_curve, sweep
 from utils.runtime import Precision, seed_everything
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -32,25 +32,23 @@ def test_the_suggestions_lie_where_the_curve_puts_them(start, steepest, depth, s
     decades = {name: math.log10(lr / start) for name, lr in found.suggestions.items()}
     assert decades["steepest"] == pytest.approx(steepest, abs=0.1)
     assert decades["minimum"] == pytest.approx(4.5, abs=0.3)  # it still falls a little after the rise begins
-    assert decades["minimum/10"] == pytest.approx(decades["minimum"] - 1)
     # A logistic fall of steepness 4 has covered 5% of its height ln(19) / 4 decades before its middle.
     assert decades["onset"] == pytest.approx(steepest - math.log(19) / 4, abs=0.15)
-    assert decades["steepest"] - 1.5 < decades["valley"] < decades["minimum"]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["onset-minimum", "steepest-minimum"])
 def test_each_rule_uses_its_two_suggestions_despite_noise(rule):
     lrs, losses = curve()
     found = read_curve(lrs, losses, rule)
-    low, high = RULES[rule]
+    low, high = rule.split("-")
     assert found.rule == rule
     assert (found.lr_min, found.lr_max) == (found.suggestions[low], found.suggestions[high])
     noisy = read_curve(lrs, losses + np.random.default_rng(0).normal(0, 0.05, len(losses)), rule)
     np.testing.assert_allclose(*(np.log10([each.lr_min, each.lr_max]) for each in (noisy, found)), rtol=0, atol=0.5)
 
 
-# The minimum comes early, before the longest decrease with the valley in its middle.
-SWAPPED = np.concatenate([np.full(10, 2.3), np.linspace(2.3, 0.5, 10), np.full(10, 0.5), np.linspace(2.2, 1.5, 70)])
+# A spike hides the fall until the minimum.
+SPIKE = np.concatenate([np.full(10, 2.3), np.linspace(2.3, 0.5, 20), [20.0], np.full(20, 0.5), np.linspace(0.5, 3, 49)])
 
 
 @pytest.mark.parametrize(
@@ -61,12 +59,12 @@ SWAPPED = np.concatenate([np.full(10, 2.3), np.linspace(2.3, 0.5, 10), np.full(1
         (np.linspace(2.3, 0.5, 100), "still falling at .* raise range_test_end"),
         (np.full(3, 2.3), "after 3 steps, .*: lower range_test_start"),
         (np.array([]), "after 0 steps"),
-        (SWAPPED, "rule 'valley-minimum' puts LRMIN at .* and LRMAX at "),
+        (SPIKE, "rule 'onset-minimum' puts LRMIN at .* and LRMAX at .* raise range_test_steps"),
     ],
 )
 def test_an_unreadable_curve_names_the_settings_to_change(losses, message):
     with pytest.raises(LRRangeError, match=f"{message}.*or set lr_min and lr_max"):
-        read_curve(np.logspace(-6, 0, 100)[: len(losses)], losses, "valley-minimum")
+        read_curve(np.logspace(-6, 0, 100)[: len(losses)], losses)
 
 
 @pytest.fixture
@@ -77,14 +75,17 @@ def parts(toy):
     return build_model(config, 10), make_loaders(toy, config, FP32)[0]
 
 
-def test_a_sweep_finds_the_range_that_was_recorded_with_the_published_run_and_prints_nothing(parts, capsys):
+def test_a_sweep_finds_the_range_that_was_recorded_with_the_published_run_and_shows_a_named_bar_alone(parts, capsys):
     found = find_lr(*parts, from_profile("quick", **SETTINGS), FP32)
     assert found.losses[:20].mean() == pytest.approx(2.2908, rel=1e-3)
     np.testing.assert_allclose(found.lrs, np.geomspace(1e-5, 10, 50), rtol=1e-9)
-    one_step = 10 ** (6 / 49) * 1.01  # rounding may move a suggestion by a step
+    # Processors round differently, which high LRs amplify: it may move the onset by a step, and the minimum by several.
+    one_step = 10 ** (6 / 49) * 1.01
     assert 2.223e-4 / one_step <= found.lr_min <= 2.223e-4 * one_step
-    assert 6.251e-2 / one_step <= found.lr_max <= 6.251e-2 * one_step
-    assert capsys.readouterr().out == ""
+    assert 6.251e-2 / one_step**5 <= found.lr_max <= 6.251e-2 * one_step**5
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "LR range test: " in shown.err
     np.testing.assert_equal(vars(LRRange.from_dict(json.loads(json.dumps(found.to_dict())))), vars(found))
 
 
@@ -118,8 +119,8 @@ def test_the_curve_ends_once_the_loss_exceeds_three_times_the_first(parts):
 
 
 def test_lr_scale_multiplies_both_ends_and_given_ends_skip_the_test(parts):
-    found = find_lr(*parts, from_profile("quick", **SETTINGS, lr_rule="tenth-minimum", lr_scale=0.4), FP32)
-    assert found.lr_min == pytest.approx(0.4 * found.suggestions["minimum/10"])
+    found = find_lr(*parts, from_profile("quick", **SETTINGS, lr_rule="steepest-minimum", lr_scale=0.4), FP32)
+    assert found.lr_min == pytest.approx(0.4 * found.suggestions["steepest"])
     assert found.lr_max == pytest.approx(0.4 * found.suggestions["minimum"])
     given = find_lr(*parts, from_profile("quick", lr_min=1e-3, lr_max=1e-2), FP32)
     assert (given.lr_min, given.lr_max, given.rule) == (1e-3, 1e-2, "given")

@@ -19,7 +19,7 @@ CLASSES = ("plane", "car", "bird")
 LONG = tuple(f"Staffordshire bull terrier {number}" for number in range(12))
 MANY = tuple(f"class {number}" for number in range(100))
 LRS = np.logspace(-6, 0, 100)
-SUGGESTIONS = {"onset": 2e-5, "steepest": 3.5e-4, "valley": 1e-4, "minimum/10": 3.4e-4, "minimum": 3.4e-3}
+SUGGESTIONS = {"onset": 2e-5, "steepest": 3.5e-4, "minimum": 3.4e-3}
 PANELS = {"plain": {"20": RNG.random((3, 4)), "56": RNG.random(4)}, "with skips": {"20": 2 * RNG.random((3, 4))}}
 ROWS = [("half width", -1.3, 0.2, [-1.3]), ("flip", 0.8, 0.1, [0.7, 0.8, 0.9]), ("cutout", -0.2, None, [])]
 
@@ -46,7 +46,7 @@ def range_test(lr_min: float = 2e-5, lr_max: float = 3.4e-3) -> Figure:
 
 
 def cycle(profile: str, **changes) -> Figure:
-    return plotting.one_cycle(from_profile(profile, **changes), LRRange.given(8e-4, 8e-3), 10)
+    return plotting.one_cycle(from_profile(profile, **changes), LRRange(8e-4, 8e-3), 10)
 
 
 def training(epochs: int, peak: int, best: float, every: int = 1) -> Figure:
@@ -117,7 +117,7 @@ def test_class_names_are_drawn_as_they_are_or_as_boxes_with_one_warning():
 def test_the_range_test_marks_what_is_in_use_and_says_what_the_loss_contains():
     figure = range_test()
     words = texts(figure)
-    for expected in ("LRMIN 2.0e-05", "LRMAX 3.4e-03", "onset 2.0e-05, in use", "valley 1.0e-04\n", "smoothing 0.2"):
+    for expected in ("LRMIN 2.0e-05", "LRMAX 3.4e-03", "onset 2.0e-05, in use", "steepest 3.5e-04\n", "smoothing 0.2"):
         assert expected in words
     filled = [line for line in figure.axes[0].lines if line.get_ls() == "None" and line.get_color() == plotting.PROJECT]
     assert [line.get_xdata()[0] for line in filled] == [2e-5, 3.4e-3]

@@ -212,5 +212,5 @@ def test_eager_and_recorded_forms_of_ghost_norm_agree(monkeypatch):
         state = new_state(False)
         train(state, itertools.islice(batches(3), 3))
         outputs.append([each.clone() for each in state.model.state_dict().values()])
-    for one, other in zip(*outputs):
-        assert torch.equal(one, other)
+    for one, other in zip(*outputs):  # on most processors to the bit
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

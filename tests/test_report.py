@@ -35,7 +35,7 @@ def predictions(right: int, count: int = 30) -> Predictions:
 @pytest.fixture
 def record(toy) -> dict:
     """What was known before the first epoch of a made-up run."""
-    lr_range, precision = LRRange.given(5e-4, 1e-2), Precision("fp32", torch.device("cpu"))
+    lr_range, precision = LRRange(5e-4, 1e-2), Precision("fp32", torch.device("cpu"))
     return report.run_record(from_profile("full"), lr_range, 3.0, toy, precision, 1)
 
 

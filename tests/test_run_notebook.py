@@ -32,7 +32,7 @@ def runs(tmp_path, monkeypatch):
     """The folder of all runs."""
     monkeypatch.setattr(run_notebook, "RUNS", tmp_path / "runs")
     monkeypatch.setenv("S10_PROFILE", "quick")
-    for name in ("S10_RUN_NAME", "S10_PUBLISH"):
+    for name in ("S10_RUN_NAME", "S10_PUBLISH", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "")  # restored after the test, whatever it sets
         monkeypatch.delenv(name)
     return tmp_path / "runs"
@@ -47,7 +47,8 @@ def printed(path) -> str:
 @pytest.mark.slow
 def test_outputs_are_shown_and_stored(notebook, runs, capfd):
     path = notebook(
-        "import os, sys\nfrom tqdm.auto import tqdm\nfor epoch in tqdm(range(2)): print('epoch', epoch, flush=True)\n"
+        "import os, sys\nfrom utils.runtime import progress_bar\n"
+        "for epoch in progress_bar(range(2)): print('epoch', epoch, flush=True)\n"
         "print('a warning', file=sys.stderr)\nprint(os.environ.get('S10_RUN_NAME'), os.environ.get('S10_PUBLISH'))"
     )
     assert run_notebook.main([str(path), "--in-place"]) == 0
@@ -128,11 +129,10 @@ def test_a_signal_ends_it_with_one_message_and_the_outputs_are_kept(notebook, tm
         copy.unlink(missing_ok=True)
 
 
-def test_a_copy_refers_to_no_widget_and_keeps_tags():
-    data = {"text/plain": "bar", run_notebook.WIDGET: {"model_id": "1"}}
-    bar, stays = new_output("display_data", data), new_output("stream", name="stdout", text="stays")
-    cell = new_code_cell("1", outputs=[bar, stays], metadata={"tags": ["raises-exception"], "papermill": {}})
-    notebook = new_notebook(cells=[cell], metadata={"widgets": {}, "papermill": {}})
+def test_a_copy_has_no_warnings_and_keeps_tags():
+    warning, stays = (new_output("stream", name=name, text="text") for name in ("stderr", "stdout"))
+    cell = new_code_cell("1", outputs=[warning, stays], metadata={"tags": ["raises-exception"], "papermill": {}})
+    notebook = new_notebook(cells=[cell], metadata={"papermill": {}})
     run_notebook.clean(notebook)
     assert notebook.metadata == {}
     assert cell.metadata == {"tags": ["raises-exception"]}

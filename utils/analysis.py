@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,15 +41,13 @@ class Predictions:
         return float(-np.log(np.maximum(true, np.finfo(np.float32).tiny)).mean())
 
 
-def predict(model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none") -> Predictions:
-    """Class probabilities for every image of an unshuffled ``loader``; ``tta`` is a key of ``engine.TTA``."""
-    return predict_all(model, loader, precision=precision, kinds=(tta,))[tta]
-
-
-def predict_all(
+def predict(
     model: nn.Module, loader: Iterable, *, precision: Precision, kinds: Iterable[str] = tuple(TTA)
 ) -> dict[str, Predictions]:
-    """The same for several kinds of test-time augmentation, which share their views of an image."""
+    """Class probabilities for every image of an unshuffled ``loader``, by kind of test-time augmentation.
+
+    The ``kinds``, keys of ``engine.TTA``, share their views of an image.
+    """
     probabilities, labels = {kind: [] for kind in kinds}, []
     count = max(len(TTA[kind]) for kind in probabilities)
     for logits, batch_labels in predict_views(model, loader, precision, count):
@@ -83,25 +80,11 @@ def class_accuracy_lines(predictions: Predictions, classes: Sequence[str]) -> li
     ]
 
 
-class Mistakes(NamedTuple):
-    """Wrong answers, the most confident first; every array has one entry per mistake."""
-
-    index: np.ndarray  # position of the image in the loader
-    predicted: np.ndarray  # class numbers
-    true: np.ndarray
-    predicted_probability: np.ndarray  # the network's probabilities of these two classes
-    true_probability: np.ndarray
-
-
-def confident_mistakes(predictions: Predictions, count: int | None = None) -> Mistakes:
-    """The ``count`` wrong answers that the network was surest of; all of them for None or a larger ``count``."""
-    predicted = predictions.predicted
-    wrong = np.flatnonzero(predicted != predictions.labels)
-    confidence = predictions.probabilities[wrong, predicted[wrong]]
-    index = wrong[np.argsort(-confidence, kind="stable")][:count]
-    answers, truths, probabilities = predicted[index], predictions.labels[index], predictions.probabilities[index]
-    of_answer, of_truth = (np.take_along_axis(probabilities, each[:, None], 1)[:, 0] for each in (answers, truths))
-    return Mistakes(index, answers, truths, of_answer, of_truth)
+def confident_mistakes(predictions: Predictions, count: int | None = None) -> np.ndarray:
+    """The numbers of the images with a wrong answer, (M,) int64, from the surest on: ``count`` of them, or all."""
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+    confidence = predictions.probabilities[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind="stable")][:count]
 
 
 def classify(model: CustomResNet, pixels: np.ndarray, classes: Sequence[str], top: int = 3) -> list[tuple[str, float]]:

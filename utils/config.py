@@ -28,7 +28,6 @@ PROFILES = {
     ),
 }
 SCHEDULES = ("one-cycle", "constant", "no-warm-up", "low-end", "annihilation")
-LR_RULES = ("steepest-minimum", "valley-minimum", "tenth-minimum", "onset-minimum")
 
 
 def _is(kind: Any, description: str, **limits) -> Any:
@@ -40,9 +39,7 @@ def _is(kind: Any, description: str, **limits) -> Any:
 class Config:
     """The settings of one training run. Frozen: ``dataclasses.replace`` makes a variant.
 
-    Raises:
-        pydantic.ValidationError: a setting has the wrong type or is out of range, or several do not go together;
-            ``from_profile`` makes a ``ConfigError`` of it.
+    Raises pydantic's ValidationError, of which ``from_profile`` makes a ConfigError, if a setting cannot work.
     """
 
     profile: _is(Literal[tuple(PROFILES)], "full: the recipe; quick: minutes on a CPU, for its workings only") = "full"
@@ -81,8 +78,8 @@ class Config:
     schedule: _is(Literal[SCHEDULES], "one-cycle, or an ablation's") = "one-cycle"
     lr_min: _is(float | None, "with lr_max: skips the range test, which finds both", gt=0) = None
     lr_max: _is(float | None, "with lr_min: the LR at the peak", gt=0) = None
-    # From where learning begins to where it no longer helps: the low end lets the cycle anneal further.
-    lr_rule: _is(Literal[LR_RULES], "how LRMIN and LRMAX are read off the range test") = "onset-minimum"
+    # The range test finds LRMIN and LRMAX; that learning begins at LRMIN lets the cycle anneal further.
+    lr_rule: _is(Literal["onset-minimum", "steepest-minimum"], "the points of its curve for both") = "onset-minimum"
     lr_scale: _is(float, "multiplies what the range test finds, for ablations", gt=0) = 1.0
 
     # --- LR range test --------------------------------------------------------------------------------------------
@@ -124,8 +121,7 @@ class Config:
 def from_profile(name: str, **changes) -> Config:
     """The profile called ``name``, with ``changes`` to single settings; text, as from a command line, is converted.
 
-    Raises:
-        ConfigError: there is no such profile, or a setting cannot work.
+    Raises ConfigError if there is no such profile, or a setting cannot work.
     """
     if name not in PROFILES:
         raise ConfigError(f"profile is {name!r}: choose one of {', '.join(PROFILES)}")

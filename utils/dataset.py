@@ -122,9 +122,7 @@ def load_dataset(root: str | os.PathLike | None = None, source: str = "auto") ->
             ``test/<class>/*.png``. None: ``$CIFAR10_DIR`` if set, else ``data/`` in the project, downloading as needed.
         source: ``"official"``, ``"image-folder"`` or ``"digits"`` accepts only that; ``"auto"`` accepts any.
 
-    Raises:
-        DatasetError: the folder is missing, empty, damaged or not understood, or the download failed.
-        OSError: a folder or file cannot be read or written.
+    Raises DatasetError if the folder is missing, empty, damaged or not understood, or the download failed.
     """
     arrays, found = find(root, source)
     return ImageDataset(*arrays, found)

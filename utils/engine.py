@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
 from models.custom_resnet import CustomResNet
 from models.ghost_norm import GhostBatchNorm2d
@@ -28,7 +27,7 @@ from models.packed import PackedConv2d
 from utils.averaging import WeightAverage
 from utils.config import Config
 from utils.metrics import History, Metrics, RunningMetrics, table_header, table_row
-from utils.runtime import Precision, Session10Error, cpu_has
+from utils.runtime import Precision, Session10Error, cpu_has, progress_bar
 from utils.schedule import lrs_for, scheduler
 
 BAR_SECONDS = 1.0  # between two readings of the metrics for the progress bar; each waits for the device
@@ -70,11 +69,6 @@ class TrainState:
         """The network that is tested and shipped."""
         return self.average.module if self.average else self.model
 
-    @property
-    def lr(self) -> float:
-        """The LR of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Forward, loss, backward, Adam step; returns the (B, C) logits and the loss, from before the weights moved."""
@@ -96,8 +90,7 @@ def train_epoch(state: TrainState, loader: Iterable, description: str | None = N
         loader: batches of (B, 3, 32, 32) float images and (B,) int64 labels, on the device.
         description: the progress bar's text; None for no bar.
 
-    Returns:
-        Mean cross-entropy per image (without label smoothing) and accuracy; NonFiniteLossError if that is NaN.
+    Returns the mean cross-entropy per image (without label smoothing) and accuracy; NonFiniteLossError if that is NaN.
     """
     state.model.train()
     step = state.step if state.step and not state.parallel else train_step
@@ -112,19 +105,11 @@ def train_epoch(state: TrainState, loader: Iterable, description: str | None = N
 
 
 def evaluate(model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none") -> Metrics:
-    """Loss and accuracy in eval mode; see ``predict_batches``."""
+    """Loss and accuracy in eval mode; ``tta``, test-time augmentation, is a key of ``TTA``."""
     running = RunningMetrics()
-    for logits, labels in predict_batches(model, loader, precision=precision, tta=tta):
-        running.update(logits, labels)
-    return running.read()
-
-
-def predict_batches(
-    model: nn.Module, loader: Iterable, *, precision: Precision, tta: str = "none"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B, C) float32 logits and (B,) labels for each batch; ``tta``, test-time augmentation, is a key of ``TTA``."""
     for logits, labels in predict_views(model, loader, precision, count=len(TTA[tta])):
-        yield mean_logits(logits, tta), labels
+        running.update(mean_logits(logits, tta), labels)
+    return running.read()
 
 
 @torch.no_grad()
@@ -220,9 +205,9 @@ def with_progress_bar(
 
     bar_read = time.monotonic()
     hidden = {"disable": True} if description is None else {}  # otherwise $TQDM_DISABLE decides
-    with tqdm(loader, desc=description, leave=False, unit="batch", **hidden) as bar:  # errors leave no half bar
+    with progress_bar(loader, description, unit="batch", **hidden) as bar:  # errors leave no half bar
         for batch in bar:
-            state.last_lr = state.lr
+            state.last_lr = float(state.optimizer.param_groups[0]["lr"])
             lrs.append(state.last_lr)
             yield batch
             if description is not None and time.monotonic() - bar_read > BAR_SECONDS:
@@ -271,8 +256,6 @@ def start(model: nn.Module, config: Config, ends: tuple[float, float], steps_per
         every = 1 if steps < SHORT_RUN else min(EMA_EVERY, steps_per_epoch)  # counted within an epoch
         average = WeightAverage(model, min(config.ema_decay, 1 - 1 / memory_of(steps)), every)
     if config.compile != "off":
-        if precision.device.type == "cuda" and torch.cuda.get_device_capability(precision.device) < (8, 0):
-            warnings.warn("Triton's makers dropped this GPU: if compiling fails, set compile to 'off'", stacklevel=2)
         model.compile(mode=config.compile, dynamic=False)
     state = TrainState(model, optimizer, make_criterion(config), precision, precision.grad_scaler(), schedule, average)
     if is_recorded:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from utils import engine
@@ -47,43 +46,6 @@ def small_run(dataset: ImageDataset, lr_range: tuple[float, float] = (1e-4, 1e-2
         return engine.fit(state, train_loader, test_loader, config.epochs, show=None)
 
 
-def gradient_norms(depth: int, skip: bool, batch_norm: bool, he_init: bool) -> np.ndarray:
-    """The norm of the loss's gradient at the input of every block of an untrained network, and at the last one's output.
-
-    Each of ``depth`` blocks R is two 3x3 convolutions with 32 channels, each followed by ReLU; with ``skip`` it is
-    x + R(x). ``he_init``: weights of variance 2 / fan-in (He et al. 2015, https://arxiv.org/abs/1502.01852), which makes
-    up for what ReLU takes away, in place of torch's 1 / (3 * fan-in). The batch is noise.
-    """
-
-    def layer() -> list[nn.Module]:
-        conv = nn.Conv2d(32, 32, kernel_size=3, padding=1, bias=False)
-        if he_init:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        return [conv, nn.BatchNorm2d(32), nn.ReLU()] if batch_norm else [conv, nn.ReLU()]
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        blocks = [nn.Sequential(*layer(), *layer()) for _ in range(depth)]
-        classifier = nn.Linear(32, 10)
-        activations = [torch.randn(32, 32, 8, 8, requires_grad=True)]
-        labels = torch.randint(10, (32,))
-    for block in blocks:
-        x = activations[-1]
-        activations.append(x + block(x) if skip else block(x))
-    loss = F.cross_entropy(classifier(activations[-1].mean(dim=(2, 3))), labels)
-    return np.array([gradient.norm().item() for gradient in torch.autograd.grad(loss, activations)])
-
-
-def weight_after_decay(gradient: float, decoupled: bool) -> float:
-    """What 1000 steps of Adam leave of a weight of 1 whose gradient alternates, so that only the decay moves it far."""
-    weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=1e-3, weight_decay=0.1, decoupled_weight_decay=decoupled)
-    for step in range(1000):
-        weight.grad = torch.full_like(weight, gradient if step % 2 else -gradient)
-        optimizer.step()
-    return weight.item()
-
-
 def check_block(answer: Callable[[int], nn.Module]) -> None:
     """Print whether ``answer(channels)`` is a residual block: x + R(x), where R is two ``ConvLayer``s."""
 
@@ -101,9 +63,7 @@ def check_block(answer: Callable[[int], nn.Module]) -> None:
             return "one of the two layers does nothing for the output"
         for parameter in block.parameters():
             parameter.data.zero_()
-        return (
-            "" if block(x).equal(x) else "with weights of 0, R(x) is 0 and x must come out; yours gives something else"
-        )
+        return "" if block(x).equal(x) else "with weights of 0, R(x) is 0 and x must come out; yours differs"
 
     _report(difference)
 

@@ -105,16 +105,9 @@ class BatchedLoader:
 
 
 def make_loaders(dataset: ImageDataset, config: Config, precision: Precision, rank: int = 0, world: int = 1):
-    """The train and the test loader of a run.
+    """``(train, test)``, the loaders of a run; only train is shuffled, augmented and shared among processes.
 
-    Args:
-        dataset: the images.
-        config: batch size, augmentation and seed.
-        precision: where the batches appear, and their dtype.
-        rank, world: see ``BatchedLoader``.
-
-    Returns:
-        ``(train, test)``; only train is shuffled, augmented and shared among processes.
+    Raises ConfigError if a batch has more images than there are.
     """
     count = len(dataset.train_labels)
     if config.batch_size > count:

@@ -8,14 +8,13 @@ the ends of the cycle:
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import io
+import functools
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,23 +22,20 @@ from torch import nn
 
 from utils.config import Config
 from utils.engine import make_criterion, make_optimizer
-from utils.runtime import Precision, Session10Error
+from utils.runtime import Precision, Session10Error, progress_bar
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # tqdm warns that its notebook detection is experimental
+with warnings.catch_warnings(action="ignore"):  # tqdm warns that its notebook detection is experimental
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
+    from torch_lr_finder import lr_finder as library
 
-# The suggestions that become LRMIN and LRMAX.
-RULES = {
-    "steepest-minimum": ("steepest", "minimum"),
-    "valley-minimum": ("valley", "minimum"),
-    "tenth-minimum": ("minimum/10", "minimum"),
-    "onset-minimum": ("onset", "minimum"),
-}
+# Its own bar has no name and is a widget in notebooks, and it prints how to plot the curve with it.
+library.tqdm, library.print = functools.partial(progress_bar, description="LR range test"), lambda *_: None
+
 ONSET = 0.05  # the loss has begun to fall once it has covered this share of its whole fall
 SMOOTHING_WINDOW = 7  # the rules read the curve averaged over this many steps
 DIVERGED = 3.0  # the curve ends once the loss exceeds this multiple of the first loss
 OWN_LRS = "or set lr_min and lr_max yourself"
+_none = functools.partial(np.zeros, 0)
 
 
 class LRRangeError(Session10Error):
@@ -48,24 +44,19 @@ class LRRangeError(Session10Error):
 
 @dataclass(frozen=True)
 class LRRange:
-    """The result of a range test of S steps; without curve and suggestions if the range was ``given``."""
+    """The result of a range test of S steps; without curve and suggestions if the range was given by hand."""
 
     lr_min: float  # the ends of the cycle
     lr_max: float
-    lrs: np.ndarray  # (S,) float64
-    losses: np.ndarray  # (S,) float64, the batch's before the step at that LR, with label smoothing; all finite
-    smoothed: np.ndarray  # (S,) float64, as the rules read them
-    rule: str  # the key of RULES that was used
-    suggestions: dict[str, float]  # the LR of each, by name
+    lrs: np.ndarray = field(default_factory=_none)  # (S,) float64
+    losses: np.ndarray = field(default_factory=_none)  # (S,) float64, before the step at that LR, with label smoothing
+    smoothed: np.ndarray = field(default_factory=_none)  # (S,) float64, as the rules read them
+    rule: str = "given"  # or the two suggestions that became LRMIN and LRMAX
+    suggestions: dict[str, float] = field(default_factory=dict)  # the LR of each, by name
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-
-    @classmethod
-    def given(cls, lr_min: float, lr_max: float) -> LRRange:
-        """A range set by hand."""
-        return cls(lr_min, lr_max, np.array([]), np.array([]), np.array([]), "given", {})
 
     @classmethod
     def from_dict(cls, values: dict) -> LRRange:
@@ -86,7 +77,7 @@ def find_lr(model: nn.Module, train_loader: Iterable, config: Config, precision:
     Raises LRRangeError if the curve does not show both ends.
     """
     if config.lr_min is not None:
-        return LRRange.given(config.lr_min, config.lr_max)
+        return LRRange(config.lr_min, config.lr_max)
     found = read_curve(*sweep(model, train_loader, config, precision), config.lr_rule)
     low, high = config.lr_scale * found.lr_min, config.lr_scale * found.lr_max
     return dataclasses.replace(found, lr_min=low, lr_max=high)
@@ -95,9 +86,7 @@ def find_lr(model: nn.Module, train_loader: Iterable, config: Config, precision:
 def sweep(model: nn.Module, loader: Iterable, config: Config, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
     """Train a copy of ``model`` while the LR rises; see ``find_lr``.
 
-    Returns:
-        (S,) LRs, equally spaced on a log axis, and (S,) losses, up to the first that is not finite or far above the
-        first one.
+    Returns (S,) LRs, equally spaced on a log axis, and (S,) losses, up to the first one that is far too high or NaN.
     """
     model, epoch = copy.deepcopy(model), getattr(loader, "epoch", None)
     autocast = dict(device_type=precision.device.type, dtype=precision.dtype, enabled=precision.name != "fp32")
@@ -105,7 +94,7 @@ def sweep(model: nn.Module, loader: Iterable, config: Config, precision: Precisi
     finder = LRFinder(model, make_optimizer(model, config), make_criterion(config), precision.device, **mixed)
     test = dict(start_lr=config.range_test_start, end_lr=config.range_test_end, num_iter=config.range_test_steps)
     gpus = [precision.device] if precision.device.type == "cuda" else []
-    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(gpus):  # the library advertises its plot
+    with torch.random.fork_rng(gpus):
         # No limit as a multiple of the lowest loss, which is near 0 once a small set is learned by heart.
         finder.range_test(TrainDataLoaderIter(loader), **test, smooth_f=0, diverge_th=math.inf)
     if epoch is not None:
@@ -144,15 +133,13 @@ def read_curve(lrs: np.ndarray, losses: np.ndarray, rule: str = "onset-minimum")
     suggestions = {
         "onset": float(lrs[_onset(smoothed, start_loss, lowest)]),
         "steepest": float(lrs[_steepest(lrs, smoothed, lowest)]),
-        "valley": float(lrs[_valley(smoothed)]),
-        "minimum/10": float(lrs[lowest] / 10),
         "minimum": float(lrs[lowest]),
     }
-    low, high = (suggestions[name] for name in RULES[rule])
+    low, high = (suggestions[name] for name in rule.split("-"))
     if not low < high:
         raise LRRangeError(
             f"rule {rule!r} puts LRMIN at {low:.1e} and LRMAX at {high:.1e}: the curve falls too abruptly to tell them "
-            f"apart; raise range_test_steps, choose another of {', '.join(RULES)}, {OWN_LRS}"
+            f"apart; raise range_test_steps, {OWN_LRS}"
         )
     return LRRange(low, high, lrs, losses, smoothed, rule, suggestions)
 
@@ -177,18 +164,3 @@ def _steepest(lrs: np.ndarray, smoothed: np.ndarray, lowest: int) -> int:
     """The step before the minimum where the loss falls fastest per decade of LR (fastai's "steep")."""
     slopes = np.gradient(smoothed, np.log10(lrs))
     return int(np.argmin(slopes[: lowest + 1]))
-
-
-def _valley(smoothed: np.ndarray) -> int:
-    """The middle of the longest decreasing subsequence (as in fastai's "valley")."""
-    length = np.ones(len(smoothed), dtype=int)
-    previous = np.full(len(smoothed), -1)
-    for i in range(1, len(smoothed)):
-        candidates = np.flatnonzero(smoothed[:i] > smoothed[i])
-        if len(candidates):
-            best = candidates[np.argmax(length[candidates])]
-            length[i], previous[i] = length[best] + 1, best
-    start = end = int(np.argmax(length))
-    while previous[start] >= 0:
-        start = int(previous[start])
-    return (start + end) // 2

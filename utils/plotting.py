@@ -159,10 +159,11 @@ def first_filters(model: CustomResNet, title: str) -> Figure:
 def mistakes(dataset: ImageDataset, predictions: Predictions, count: int = 20) -> Figure:
     """The ``count`` mistakes that the network was surest of, with both probabilities. There may be none."""
     worst = analysis.confident_mistakes(predictions, count)
-    predicted, true = (_names(dataset, labels, 6) for labels in (worst.predicted, worst.true))
-    above = [f"{name} {p:.0%}" for name, p in zip(predicted, worst.predicted_probability)]
-    below = [f"is {name} ({p:.1%})" for name, p in zip(true, worst.true_probability)]
-    cells = [(*cell, True) for cell in zip(dataset.test_images[worst.index], above, below)]
+    words = []
+    for labels, text in ((predictions.predicted[worst], "{} {:.0%}"), (predictions.labels[worst], "is {} ({:.1%})")):
+        probabilities = predictions.probabilities[worst, labels]
+        words.append([text.format(*pair) for pair in zip(_names(dataset, labels, 6), probabilities)])
+    cells = [(*cell, True) for cell in zip(dataset.test_images[worst], *words)]
     title = "Most confident mistakes: predicted in red, truth below" if cells else "No mistakes: every answer was right"
     return _pictures(title, 5, 1.95, cells)
 
@@ -171,7 +172,7 @@ def mistakes(dataset: ImageDataset, predictions: Predictions, count: int = 20) -
 def grad_cam(model: CustomResNet, dataset: ImageDataset, predictions: Predictions) -> Figure:
     """Where the network looks (Grad-CAM): in the first four right answers, then in its four surest mistakes."""
     right = np.flatnonzero(predictions.predicted == predictions.labels)[:4]
-    shown = np.concatenate([right, analysis.confident_mistakes(predictions, 4).index])
+    shown = np.concatenate([right, analysis.confident_mistakes(predictions, 4)])
     pictures, answers, truths = (
         each[shown] for each in (dataset.test_images, predictions.predicted, predictions.labels)
     )

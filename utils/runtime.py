@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
-import re
+import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,12 @@ class ConfigError(Session10Error):
 def say(text: str) -> None:
     """Print a line at once, even when the output goes to a file or a pipe."""
     print(text, flush=True)
+
+
+def progress_bar(items: Iterable, description: str | None = None, **options) -> tqdm:
+    """A tqdm bar that leaves nothing behind; text in notebooks too, where a saved widget would be an error message."""
+    stream = sys.stdout if "ipykernel" in type(sys.stdout).__module__ else sys.stderr  # Jupyter shows stderr on red
+    return tqdm(items, description, file=stream, leave=False, **options)
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------
@@ -57,41 +64,21 @@ def pick_device(name: str = "auto") -> torch.device:
 
     ``"cuda:1"`` also becomes the current GPU. Raises ConfigError if this machine or torch does not have the device.
     """
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        if has["cuda"] and (reason := why_unusable(torch.device("cuda"))):
-            warnings.warn(f"{reason}: computing without it", stacklevel=1)  # one place: one warning
-            has["cuda"] = False
-        name = next(kind for kind, is_here in has.items() if is_here)
-    try:
-        device = torch.device(name)
-        if not has.get(device.type):
-            raise RuntimeError(f"torch sees no {device.type} here")
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)
-            if reason := why_unusable(device):
-                raise RuntimeError(reason)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"device is {name!r} ({error}): choose one of {', '.join(d for d in has if has[d])}"
-        ) from None
-    return device
-
-
-def why_unusable(gpu: torch.device) -> str | None:
-    """Why this torch has no code for ``gpu``, such as Kaggle's P100; None if it has.
-
-    Code for ``sm_80`` runs on later GPUs of the same major version, ``compute_80`` on all later ones.
-    """
-    capability = torch.cuda.get_device_capability(gpu)
-    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
-    if not all(built):  # AMD's GPUs have other names
-        return None
-    for kind, *digits in (match.groups() for match in built):
-        major, minor = map(int, digits)
-        if (major, minor) <= capability and (kind == "compute" or major == capability[0]):
-            return None
-    return f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(gpu)}"
+    here = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if backend.is_available()]
+    for wanted in [*here, "cpu"] if name == "auto" else [name]:
+        try:
+            device = torch.device(wanted)
+            if device.type not in (*here, "cpu"):
+                raise RuntimeError(f"torch sees no {device.type} here")
+            if device.type == "cuda":
+                torch.cuda.set_device(device.index or 0)
+            torch.ones(2, device=device).sum()  # fails if torch has no code for this GPU, as for Kaggle's P100
+            return device
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            if name == "auto":
+                warnings.warn(f"{wanted} is there but fails ({reason}): computing without it", stacklevel=1)
+    raise ConfigError(f"device is {name!r} ({reason}): choose one of {', '.join([*here, 'cpu'])}")
 
 
 def set_threads(count: int) -> None:
@@ -128,10 +115,8 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     """Resolve ``"auto"``: bf16 if the hardware computes in it, else fp16 on CUDA and fp32 elsewhere.
 
     GPUs have bf16 from Ampere on; a T4 claims to, but emulates it, and gets fp16. CPUs have it with AVX512-BF16 or AMX,
-    where it more than doubles the speed of the full model; emulated, it would be slower than fp32.
-
-    Raises:
-        ConfigError: fp16 on a CPU, where autocast does not support it for training.
+    where it more than doubles the speed of the full model; emulated, it would be slower than fp32. Raises ConfigError for
+    fp16 on a CPU, where autocast does not support it for training.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -147,23 +132,3 @@ def cpu_has(*flags: str) -> bool:
     """True if torch lists any of these instruction sets; older versions of torch list none."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(flag, False) for flag in flags)
-
-
-def device_name(device: torch.device) -> str:
-    """A name for logs: the GPU's, or the processor's with the number of threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return f"Apple GPU of {platform.machine()}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), name)
-    threads = torch.get_num_threads()
-    return f"{name} CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def printable(path: str | os.PathLike) -> str:
-    """A path as text that every stream can print, even if its bytes are not UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")

@@ -29,15 +29,14 @@ def ramps(steps: list[float], lrs: list[float]) -> np.ndarray:
 def one_cycle_lrs(lr_min: float, lr_max: float, epochs: int, peak_epoch: int, steps_per_epoch: int) -> np.ndarray:
     """The LR of every step: LRMIN at both ends, LRMAX at the last step of epoch ``peak_epoch``, counted from 1.
 
-    Returns:
-        (epochs * steps_per_epoch,) float64.
-
-    Raises:
-        ConfigError: the LRs or lengths make no cycle.
+    Returns (epochs * steps_per_epoch,) float64. Raises ConfigError if the LRs or lengths make no cycle.
     """
     if not 0 < lr_min < lr_max:
         raise ConfigError(f"lr_min is {lr_min} and lr_max is {lr_max}: the cycle needs 0 < lr_min < lr_max")
-    check_lengths(epochs, peak_epoch, steps_per_epoch)
+    if not 1 <= peak_epoch < epochs:
+        raise ConfigError(f"peak_epoch is {peak_epoch} of {epochs} epochs: the peak must come before the last epoch")
+    if peak_epoch * steps_per_epoch < 2:
+        raise ConfigError("the LR would rise within a single step: use a smaller batch_size or a later peak_epoch")
     return ramps([0, peak_epoch * steps_per_epoch - 1, epochs * steps_per_epoch - 1], [lr_min, lr_max, lr_min])
 
 
@@ -73,15 +72,3 @@ def one_cycle(
 ) -> LambdaLR:
     """The cycle as a torch scheduler; see ``one_cycle_lrs`` and ``scheduler``."""
     return scheduler(optimizer, one_cycle_lrs(lr_min, lr_max, epochs, peak_epoch, steps_per_epoch))
-
-
-def check_lengths(epochs: int, peak_epoch: int, steps_per_epoch: int) -> None:
-    """Check that the lengths make a cycle.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    if not 1 <= peak_epoch < epochs:
-        raise ConfigError(f"peak_epoch is {peak_epoch} of {epochs} epochs: the peak must come before the last epoch")
-    if peak_epoch * steps_per_epoch < 2:
-        raise ConfigError("the LR would rise within a single step: use a smaller batch_size or a later peak_epoch")

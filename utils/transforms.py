@@ -41,8 +41,7 @@ def train_transform(pad: int = 4, flip: bool = True, cutout: int = 8, seed: int 
         cutout: side of the filled square, in pixels; 0: none.
         seed: for Albumentations, which ignores global seeds.
 
-    Returns:
-        A callable: ``transform(image=<(32, 32, 3) uint8>)["image"]`` is a (3, 32, 32) float32 tensor.
+    ``train_transform()(image=<(32, 32, 3) uint8>)["image"]`` is a (3, 32, 32) float32 tensor.
     """
     padded, hole = IMAGE_SIZE + 2 * pad, (cutout, cutout)
     steps = [
@@ -125,15 +124,12 @@ class BatchAugment:
         )
 
     def apply(self, images: Tensor, index: Tensor, draws: Draws) -> Tensor:
-        """Augment ``images[index]``.
+        """Augment ``images[index]``: (N, 32, 32, 3) uint8.
 
         Args:
             images: (M, 32, 32, 3) uint8, the whole set; not changed.
             index: (N,) int64, the images of this batch.
             draws: for these N images, on the same device.
-
-        Returns:
-            (N, 32, 32, 3) uint8.
         """
         device, position = images.device, torch.arange(IMAGE_SIZE, device=images.device)
         columns = torch.where(draws.flips[:, None], IMAGE_SIZE - 1 - position, position)

@@ -64,10 +64,8 @@ class RunFolder:
     def open(self) -> RunFolder:
         """Lock the folder, and fetch its copy if there is no checkpoint here.
 
-        Raises:
-            CheckpointError: the folder holds something else than a run.
-            RunLockedError: another process is using it.
-            OSError: it cannot be written, or the drive's folder is missing.
+        Raises CheckpointError if the folder holds something else than a run, RunLockedError if another process is using
+        it, and OSError if it cannot be written, or the drive's folder is missing.
         """
         if self.path.is_dir() and not self.holds_run:
             foreign = [path.name for path in sorted(self.path.iterdir()) if _is_foreign(path)]
@@ -98,8 +96,7 @@ class RunFolder:
     def save(self, state: TrainState, record: dict) -> None:
         """Write a checkpoint: ``state``, the states of the random generators, and ``record``, plain JSON values.
 
-        Raises:
-            OSError: it cannot be written; the ones before are kept.
+        Raises OSError if it cannot be written; the ones before are kept.
         """
         content = {
             "record": record,
@@ -121,8 +118,7 @@ class RunFolder:
     def load(self) -> dict | None:
         """The newest intact checkpoint, as ``save`` wrote it and on the CPU; None if there is none.
 
-        Raises:
-            CheckpointError: there are only damaged ones.
+        Raises CheckpointError if there are only damaged ones.
         """
         damaged = []
         for path in (self.path / NEWEST, self.path / PREVIOUS):

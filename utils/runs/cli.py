@@ -85,11 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> Config:
-    """The settings on a command line that ``add_arguments`` prepared; ``args.profile`` must be set.
-
-    Raises:
-        ConfigError: see ``from_profile``.
-    """
+    """The settings on a command line that ``add_arguments`` prepared; ``args.profile`` must be set."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
     name = given.pop("profile")
     return from_profile(name, **{setting: value for setting, value in given.items() if value is not None})

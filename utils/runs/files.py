@@ -16,8 +16,7 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         content: its new bytes.
         keep: where the old file goes. A crash may leave it there while ``path`` is missing.
 
-    Raises:
-        OSError: it could not be written; ``path`` is as before.
+    Raises OSError if it could not be written; ``path`` is then as before.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -35,10 +34,5 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Replace ``path``, like ``write_atomically``, with indented JSON.
-
-    Raises:
-        OSError: as ``write_atomically``.
-        ValueError: ``content`` holds NaN or an infinite number, which JSON does not know.
-    """
+    """Replace ``path``, like ``write_atomically``, with indented JSON, which knows no NaN (ValueError)."""
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

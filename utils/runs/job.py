@@ -26,7 +26,7 @@ from utils.runs.files import write_atomically, write_json
 from utils.runs.machine import keep_freed_memory
 from utils.runs.ranks import Ranks
 from utils.runs.weights import WEIGHTS_NAME, save_weights
-from utils.schedule import check_lengths
+from utils.schedule import one_cycle_lrs
 from utils.transforms import normalize
 
 FEW_STEPS = 10  # per epoch: with fewer, a run on some hundred pictures hardly learns
@@ -107,7 +107,7 @@ class Job:
         runtime.seed_everything(config.seed, config.deterministic)
         self.train_loader, self.test_loader = make_loaders(dataset, config, self.precision, ranks.rank, ranks.world)
         steps = len(self.train_loader)
-        check_lengths(config.epochs, config.peak_epoch, steps)
+        one_cycle_lrs(1e-3, 1.0, config.epochs, config.peak_epoch, steps)  # fails before any work if there is no cycle
         if steps < FEW_STEPS and ranks.is_first:
             warnings.warn(f"an epoch has only {steps} steps: a smaller batch_size would train better", stacklevel=3)
         model = engine.build_model(config, len(dataset.classes), self.precision, config.epochs * steps)

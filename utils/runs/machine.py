@@ -6,6 +6,7 @@ import ctypes
 import functools
 import platform
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,15 +27,27 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns large blocks to the kernel, which must clear every page again in the next step. Measured on
     2 cores with AVX512-BF16: a bf16 step of batch 512 fell from 2.29 s to 1.72 s, with 8% more peak memory. The results
-    stay the same.
-
-    Returns:
-        False, with nothing changed, if the C library is not glibc 2.35 or later (macOS, Windows, Alpine).
+    stay the same. Returns False, with nothing changed, if the C library is not glibc 2.35 or later (macOS, Windows, Alpine).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(number, value) == 1 for number, value in _MALLOPT.values())  # ends at the first that is refused
+
+
+def device_name(device: torch.device) -> str:
+    """A name for logs: the GPU's, or the processor's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU of {platform.machine()}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), name)
+    threads = torch.get_num_threads()
+    return f"{name} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions() -> dict[str, str]:

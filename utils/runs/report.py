@@ -14,18 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchsummary import summary
-from tqdm.auto import tqdm
 
 from models.custom_resnet import IMAGE_SIZE, CustomResNet
 from utils import runtime
-from utils.analysis import Predictions, per_class_accuracy, predict_all
+from utils.analysis import Predictions, per_class_accuracy, predict
 from utils.config import Config, from_profile
 from utils.dataset import CIFAR10_CLASSES, ImageDataset
 from utils.loaders import BatchedLoader
 from utils.lr_finder import LRRange
 from utils.metrics import History
 from utils.runs.files import write_atomically, write_json
-from utils.runs.machine import code_commit, versions
+from utils.runs.machine import code_commit, device_name, versions
 from utils.runs.weights import WEIGHTS_NAME, rounded_to_half
 from utils.runtime import ConfigError, Precision, Session10Error
 
@@ -56,7 +55,7 @@ def run_record(
         "range_test_seconds": seconds,
         "data": dataset.description,
         **{name: getattr(dataset, name) for name in ("source", "split", "fingerprint")},
-        "device": runtime.device_name(precision.device),
+        "device": device_name(precision.device),
         "precision": precision.name,
         "world": world,
         "versions": versions(),
@@ -73,9 +72,9 @@ def final_test(model: torch.nn.Module, dataset: ImageDataset) -> dict[str, Predi
     shipped.load_state_dict(rounded_to_half(model.state_dict()))
     precision = Precision("fp32", next(model.parameters()).device)
     loader = BatchedLoader(dataset.test_images, dataset.test_labels, TEST_BATCH, device=precision.device)
-    bar = tqdm(loader, "test", leave=False, delay=1, unit="batch")
+    bar = runtime.progress_bar(loader, "test", delay=1, unit="batch")
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        return predict_all(shipped, bar, precision=precision)
+        return predict(shipped, bar, precision=precision)
 
 
 def test_figures(predictions: dict[str, Predictions], fingerprint: str) -> dict:

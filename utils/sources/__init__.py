@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -29,3 +30,8 @@ class Arrays(NamedTuple):
     test_images: np.ndarray
     test_labels: np.ndarray
     classes: tuple[str, ...]
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as text that every stream can print, even if its bytes are not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")

@@ -12,8 +12,7 @@ import pooch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_md5
 
-from utils.runtime import printable
-from utils.sources import CIFAR10_CLASSES, Arrays, DatasetError
+from utils.sources import CIFAR10_CLASSES, Arrays, DatasetError, printable
 
 # Identical copies, tried in order. The official host has been slow since June 2026.
 MIRROR = "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz"
@@ -29,11 +28,7 @@ class OfflineError(DatasetError):
 
 
 def load(folder: Path) -> Arrays:
-    """Read ``folder/cifar-10-batches-py``.
-
-    Raises:
-        DatasetError: a file is missing or its checksum is wrong.
-    """
+    """Read ``folder/cifar-10-batches-py``; DatasetError if a file is missing or its checksum is wrong."""
     try:  # torchvision verifies every checksum before it unpickles
         train, test = (CIFAR10(folder, train=train) for train in (True, False))
     except RuntimeError as error:
@@ -48,8 +43,7 @@ def load(folder: Path) -> Arrays:
 def unpack(folder: Path) -> None:
     """Unpack ``folder/cifar-10-python.tar.gz`` in the same folder, where a half-unpacked copy never appears.
 
-    Raises:
-        DatasetError: its checksum is wrong.
+    Raises DatasetError if its checksum is wrong.
     """
     archive, target = folder / CIFAR10.filename, folder / CIFAR10.base_folder
     if not check_md5(archive, CIFAR10.tgz_md5):
@@ -66,9 +60,7 @@ def unpack(folder: Path) -> None:
 def download(folder: Path) -> None:
     """Download the archive into ``folder``, which is created if needed; an unfinished file never has its name.
 
-    Raises:
-        OfflineError: no host could be reached.
-        DatasetError: a host answered, but none sent the right file.
+    Raises OfflineError if no host could be reached, DatasetError if one answered but none sent the right file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     headers = {"Accept-Encoding": "identity"}  # some hosts call the .gz an encoding, to be undone on the way

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from utils.runtime import PROJECT_ROOT, printable, say
-from utils.sources import Arrays, DatasetError, archive, digits, pictures
+from utils.runtime import PROJECT_ROOT, say
+from utils.sources import Arrays, DatasetError, archive, digits, pictures, printable
 
 SOURCES = ("official", "image-folder", "digits")
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from tqdm.auto import tqdm
 
 from models.custom_resnet import IMAGE_SIZE
-from utils.runtime import printable
-from utils.sources import CIFAR10_CLASSES, Arrays, DatasetError
+from utils.runtime import progress_bar
+from utils.sources import CIFAR10_CLASSES, Arrays, DatasetError, printable
 
 with contextlib.suppress(ImportError):
     import pillow_heif
@@ -39,17 +38,15 @@ def load(folder: Path) -> Arrays:
     """Read ``folder/train`` and ``folder/test``.
 
     Images are sorted by file name across all classes, which for CIFAR-10's numbered files is the official order. Classes
-    are sorted by name; CIFAR-10's ten have their short names and their official order.
-
-    Raises:
-        DatasetError: pictures are damaged, or missing for a class.
+    are sorted by name; CIFAR-10's ten have their short names and their official order. Raises DatasetError if pictures are
+    damaged, or missing for a class.
     """
     roots = {split: inner(folder / split) for split in ("train", "test")}
     files = [(split, *file) for split, root in roots.items() for file in _list_files(root)]
     files.sort(key=lambda file: (_text(file[2].name), *file))
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         decoded = pool.map(_decode, [path for _, _, path in files])
-        results = list(tqdm(decoded, "reading pictures", len(files), leave=False, delay=2, unit=" files"))
+        results = list(progress_bar(decoded, "reading pictures", total=len(files), delay=2, unit=" files"))
     if damaged := [str(result) for result in results if isinstance(result, DatasetError)]:
         raise DatasetError("\n  ".join([f"damaged pictures: {len(damaged)}; replace or remove them:", *damaged[:5]]))
 

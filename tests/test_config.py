@@ -26,9 +26,9 @@ def test_full_is_the_assignments_recipe():
     assert config.lr_min is config.lr_max is None  # found by the range test
 
 
-def test_quick_is_the_same_recipe_on_fewer_images_and_epochs():
+def test_quick_is_the_same_recipe_made_small():
     whole, small = from_profile("full").to_dict(), from_profile("quick", seed=7).to_dict()
-    shrunk = {"profile", "seed", "train_images", "test_images", "batch_size", "epochs", "peak_epoch"}
+    shrunk = {"profile", "seed", "train_images", "test_images", "batch_size", "epochs", "peak_epoch", "width"}
     tuned_to_fewer_steps = {"range_test_steps", "ema_decay"}
     assert {name for name in whole if whole[name] != small[name]} == shrunk | tuned_to_fewer_steps
 

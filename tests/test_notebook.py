@@ -11,7 +11,8 @@ import nbformat
 import pytest
 
 from experiments import tables
-from utils.runs import report
+from utils import config, runtime
+from utils.runs import machine, report
 from utils.runtime import PROJECT_ROOT
 
 NAMES = ("Session10", "Appendix")
@@ -98,11 +99,21 @@ def test_every_figure_is_followed_by_what_to_see(name):
         assert len(first.split()) <= 60, first
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_only_the_exercises_define_something(name):
-    for cell in cells(name):
-        if re.search(r"^\s*(def|class) ", cell.source, re.M):
-            assert "lesson.check_" in cell.source
+def test_no_cell_defines_again_what_a_module_holds():
+    modules = [path.read_text(encoding="utf-8") for path in PROJECT_ROOT.glob("[mue]*/**/*.py")]
+    text = "\n".join([*modules, *(cell.source for name in NAMES for cell in cells(name))])
+    for name in re.findall(r"^(?:def|class) (\w+)", "\n".join(cell.source for cell in cells("Appendix")), re.M):
+        assert len(re.findall(rf"^(?:def|class) {name}\b", text, re.M)) == 1 + name.startswith(("My", "my_")), name
+
+
+def test_changed_settings_get_a_run_folder_of_their_own_name(monkeypatch, capsys):
+    monkeypatch.setenv("S10_PROFILE", "quick")
+    monkeypatch.setenv("S10_RUN_NAME", "")
+    (settings,) = (cell.source for cell in cells("Session10") if cell.source.startswith("settings = "))
+    for change, folder in (("", "quick-seed100"), (", dropout=0.1", "quick-seed100-dropout0.1")):
+        made = {"os": os, "Path": Path, "runtime": runtime, "machine": machine, "configs": config}
+        exec(settings.replace("dict(seed=100)", f"dict(seed=100{change})"), made)
+        assert made["run_dir"] == Path("runs") / folder
 
 
 def test_exercises_wait_for_an_answer_and_the_answers_are_right():

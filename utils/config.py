@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from utils.runtime import ConfigError
 
-# What each profile changes. "quick" is the same code on few images and for few epochs: minutes on a laptop, and its
-# accuracy means nothing. Its smaller batch leaves enough steps to see the cycle work.
+# What each profile changes. "quick" is the same code with half the channels, few images and few epochs: minutes on a
+# laptop, and its accuracy means nothing. Its smaller batch leaves enough steps to see the cycle work.
 PROFILES = {
     "full": {},
     "quick": dict(
@@ -23,6 +23,7 @@ PROFILES = {
         batch_size=64,
         epochs=6,
         peak_epoch=2,
+        width=32,
         range_test_steps=80,
         ema_decay=0.9,  # averages over 10 steps; 100 would be nearly half of this run
     ),

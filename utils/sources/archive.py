@@ -12,6 +12,7 @@ import pooch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_md5
 
+from utils.runtime import progress_bar
 from utils.sources import CIFAR10_CLASSES, Arrays, DatasetError, printable
 
 # Identical copies, tried in order. The official host has been slow since June 2026.
@@ -64,11 +65,13 @@ def download(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     headers = {"Accept-Encoding": "identity"}  # some hosts call the .gz an encoding, to be undone on the way
-    fetch = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16, timeout=SECONDS, headers=headers)
+    options = dict(chunk_size=1 << 16, timeout=SECONDS, headers=headers)
     problems, answered = [], False
     for url in ARCHIVE_URLS:
         try:
-            pooch.retrieve(url, f"md5:{CIFAR10.tgz_md5}", CIFAR10.filename, folder, downloader=fetch)
+            with progress_bar(None, "CIFAR-10", total=1, unit="B", unit_scale=True, delay=1) as bar:
+                fetch = pooch.HTTPDownloader(progressbar=bar, **options)  # it sets the total
+                pooch.retrieve(url, f"md5:{CIFAR10.tgz_md5}", CIFAR10.filename, folder, downloader=fetch)
             return
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None):  # this machine's disk, not the host

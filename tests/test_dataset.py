@@ -56,8 +56,8 @@ def test_the_description_says_what_the_images_are(image_folder, tmp_path, monkey
     dataset = load_dataset(image_folder)
     assert dataset.description == "CIFAR-10 as an image folder, 60 train and 30 test images"
     assert not dataset.is_stand_in
-    monkeypatch.setattr(dataset_module, "KNOWN_FINGERPRINTS", {dataset.fingerprint: "a copy that is known"})
-    assert load_dataset(image_folder).description == "a copy that is known"
+    monkeypatch.setattr(dataset_module, "OFFLINE_COPY", dataset.fingerprint)
+    assert load_dataset(image_folder).description.startswith("CIFAR-10, offline copy (59,029 of ")
     held_out = dataset.holdout(10)
     assert held_out.description == f"{dataset.description}; 10 train images held out for validation"
     assert (dataset.split, held_out.split, held_out.subset(5).split) == ("test", "validation", "validation")

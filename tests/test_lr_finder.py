@@ -75,7 +75,8 @@ def parts(toy):
     return build_model(config, 10), make_loaders(toy, config, FP32)[0]
 
 
-def test_a_sweep_finds_the_range_that_was_recorded_with_the_published_run_and_shows_a_named_bar_alone(parts, capsys):
+def test_a_sweep_finds_the_range_that_was_recorded_and_shows_only_a_named_bar(parts, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     found = find_lr(*parts, from_profile("quick", **SETTINGS), FP32)
     assert found.losses[:20].mean() == pytest.approx(2.2908, rel=1e-3)
     np.testing.assert_allclose(found.lrs, np.geomspace(1e-5, 10, 50), rtol=1e-9)

@@ -131,6 +131,16 @@ def test_stored_tables_are_those_of_the_published_records():
     assert tables.ablations_section(records, is_page=False) in outputs("Session10")
 
 
+def test_shown_code_is_the_code_that_runs():
+    imports = next(cell.source for cell in cells("Session10") if cell.source.startswith("%matplotlib"))
+    made: dict = {}
+    exec("\n".join(line for line in imports.splitlines() if not line.startswith("%")), made)
+    shown = [cell for cell in cells("Session10") if cell.source.startswith("lesson.show(")]
+    assert len(shown) >= 7
+    for cell in shown:
+        assert cell.outputs[0]["data"]["text/markdown"] == eval(cell.source, made).data
+
+
 def test_the_stored_run_trained():
     """To its last epoch, in these outputs; a full run is the published one."""
     printed = outputs("Session10")

@@ -48,7 +48,7 @@ def printed(path) -> str:
 def test_outputs_are_shown_and_stored(notebook, runs, capfd):
     path = notebook(
         "import os, sys\nfrom utils.runtime import progress_bar\n"
-        "for epoch in progress_bar(range(2)): print('epoch', epoch, flush=True)\n"
+        "for epoch in progress_bar(range(2), 'bar'): print('epoch', epoch, flush=True)\n"
         "print('a warning', file=sys.stderr)\nprint(os.environ.get('S10_RUN_NAME'), os.environ.get('S10_PUBLISH'))"
     )
     assert run_notebook.main([str(path), "--in-place"]) == 0

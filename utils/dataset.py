@@ -17,12 +17,7 @@ import numpy as np
 from utils.sources import CIFAR10_CLASSES, DatasetError
 from utils.sources.find import find
 
-# Descriptions of known data, by fingerprint.
-KNOWN_FINGERPRINTS = {
-    "14089befcce147b97e13ef6f9161324f71389bd2591d18b6d1b86965282b686c": (
-        "CIFAR-10, offline copy (59,029 of 60,000 images bit-exact, 971 as JPEG copies)"
-    ),
-}
+OFFLINE_COPY = "14089befcce147b97e13ef6f9161324f71389bd2591d18b6d1b86965282b686c"  # its fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +45,9 @@ class ImageDataset:
         count = f"{len(self.train_labels):,} train and {len(self.test_labels):,} test images"
         if self.classes != CIFAR10_CLASSES:
             return f"own images in {len(self.classes)} classes, {count}"
-        return KNOWN_FINGERPRINTS.get(self.fingerprint, f"CIFAR-10 as an image folder, {count}")
+        if self.fingerprint == OFFLINE_COPY:
+            return "CIFAR-10, offline copy (59,029 of 60,000 images bit-exact, 971 as JPEG copies)"
+        return f"CIFAR-10 as an image folder, {count}"
 
     @property
     def is_stand_in(self) -> bool:

@@ -204,8 +204,7 @@ def with_progress_bar(
             )
 
     bar_read = time.monotonic()
-    hidden = {"disable": True} if description is None else {}  # otherwise $TQDM_DISABLE decides
-    with progress_bar(loader, description, unit="batch", **hidden) as bar:  # errors leave no half bar
+    with progress_bar(loader, description, unit="batch") as bar:  # errors leave no half bar
         for batch in bar:
             state.last_lr = float(state.optimizer.param_groups[0]["lr"])
             lrs.append(state.last_lr)

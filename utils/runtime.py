@@ -30,13 +30,16 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def progress_bar(items: Iterable, description: str | None = None, **options) -> tqdm:
-    """A tqdm bar that leaves nothing behind; text in notebooks too, where a saved widget would be an error message."""
-    stream = sys.stdout if "ipykernel" in type(sys.stdout).__module__ else sys.stderr  # Jupyter shows stderr on red
+def progress_bar(items: Iterable | None, description: str | None, **options) -> tqdm:
+    """A tqdm bar that leaves nothing behind; text in notebooks too, where a saved widget would be an error message.
+
+    There is none without a ``description``, nor in a log, which would keep its every state.
+    """
+    in_notebook = "ipykernel" in type(sys.stdout).__module__
+    if description is None or not (in_notebook or sys.stderr.isatty()):
+        options["disable"] = True
+    stream = sys.stdout if in_notebook else sys.stderr  # Jupyter shows stderr on red
     return tqdm(items, description, file=stream, leave=False, **options)
-
-
-# --- seeds ------------------------------------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

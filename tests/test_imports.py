@@ -80,5 +80,6 @@ def test_the_versions_tested_fit_the_requirements(name):
         }
 
     bounds = read("requirements.txt") | read("requirements-dev.txt")
-    pinned = {package: str(pin).strip("=") for package, pin in read("constraints", f"{name}.txt").items()}
+    pins = {package: str(pin) for package, pin in read("constraints", f"{name}.txt").items()}
+    pinned = {package: pin.strip("=") for package, pin in pins.items() if pin.startswith("==")}  # not what others need
     assert {package for package, version in pinned.items() if version not in bounds[package]} == set()

@@ -58,13 +58,15 @@ def test_imports_go_one_way(path):
     assert [name for name in imported(path) - {own} if LEVEL[name] >= LEVEL[own]] == []
 
 
-def test_imports_use_no_network(tmp_path):
+def test_imports_use_no_network_and_no_user_name(tmp_path):
     """Audit events report every look-up and connection of a fresh interpreter, even if its error is caught."""
     code = """if True:
-        import importlib, sys
+        import getpass, importlib, pwd, sys
+        pwd.getpwuid = {}.__getitem__  # no such user
         watched = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request")
         sys.addaudithook(lambda event, args: event in watched and sys.exit(f"{event} {args}"))
-        [importlib.import_module(name) for name in sys.argv[1:]]"""
+        [importlib.import_module(name) for name in sys.argv[1:]]
+        getpass.getuser()"""
     names = [name for name in LEVEL if name.startswith(("utils", "train", "predict"))]
     environment = {"PATH": "", "HOME": str(tmp_path)}  # without NO_ALBUMENTATIONS_UPDATE, which our modules set
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=PROJECT_ROOT, env=environment, capture_output=True)

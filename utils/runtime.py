@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+if os.name == "posix" and "USER" not in os.environ:  # some containers have no name, for which torch 2.11 asks
+    os.environ.setdefault("LOGNAME", str(os.getuid()))
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -57,9 +60,6 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         if deterministic:  # cuBLAS reads this at its first call
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
-
-
-# --- device and precision ---------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1,5 +1,6 @@
 """Device, precision, seeds, and files written whole."""
 
+import io
 import resource
 
 import numpy as np
@@ -10,7 +11,7 @@ from utils import runtime
 from utils.runs import files, machine
 from utils.runs.checkpoint import rng_states, set_rng_states
 from utils.runs.files import write_atomically
-from utils.runtime import ConfigError, pick_device, pick_precision
+from utils.runtime import ConfigError, pick_device, pick_precision, progress_bar
 from utils.sources import printable
 
 CPU = torch.device("cpu")
@@ -65,6 +66,22 @@ def test_a_gpu_that_torch_has_no_code_for_is_passed_over_or_refused(monkeypatch)
         assert pick_device("auto").type != "cuda"
     with pytest.raises(ConfigError, match=r"device is 'cuda' \(CUDA error: no kernel image is available\): choose"):
         pick_device("cuda")
+
+
+def test_a_progress_bar_is_on_a_terminal_or_in_a_notebook_and_leaves_nothing(monkeypatch, capsys):
+    assert list(progress_bar(range(3), "work")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")  # a log
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    list(progress_bar(range(3), None))
+    list(progress_bar(range(3), "work"))
+    terminal = capsys.readouterr().err
+    notebook = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr("sys.stdout", notebook)
+    list(progress_bar(range(3), "work"))
+    for text in (terminal, notebook.getvalue()):
+        assert text.count("work: ") >= 1
+        assert not text.replace("\r", "\n").splitlines()[-1].strip()
+    assert capsys.readouterr().err == ""
 
 
 def test_seeds_and_saved_states_repeat_the_draws():

@@ -80,7 +80,7 @@ class Config:
     lr_min: _is(float | None, "with lr_max: skips the range test, which finds both", gt=0) = None
     lr_max: _is(float | None, "with lr_min: the LR at the peak", gt=0) = None
     # The range test finds LRMIN and LRMAX; that learning begins at LRMIN lets the cycle anneal further.
-    lr_rule: _is(Literal["onset-minimum", "steepest-minimum"], "the points of its curve for both") = "onset-minimum"
+    lr_rule: _is(Literal["onset-minimum", "steepest-minimum"], "LRMIN and LRMAX by range test") = "onset-minimum"
     lr_scale: _is(float, "multiplies what the range test finds, for ablations", gt=0) = 1.0
 
     # --- LR range test --------------------------------------------------------------------------------------------

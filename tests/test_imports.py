@@ -58,6 +58,7 @@ def test_imports_go_one_way(path):
     assert [name for name in imported(path) - {own} if LEVEL[name] >= LEVEL[own]] == []
 
 
+@pytest.mark.slow
 def test_imports_use_no_network_and_no_user_name(tmp_path):
     """Audit events report every look-up and connection of a fresh interpreter, even if its error is caught."""
     code = """if True:

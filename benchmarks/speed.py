@@ -264,7 +264,6 @@ def run(args: argparse.Namespace) -> None:
     """Measure what ``args`` ask for, and write the file after every part."""
     began = time.perf_counter()
     args.device = runtime.pick_device(args.device)
-    torch.zeros(1, device=args.device)
     args.device_seconds = time.perf_counter() - began
     keep_freed_memory()
     on_cuda = args.device.type == "cuda"

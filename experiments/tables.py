@@ -177,7 +177,7 @@ def ablations_figure(data: pd.DataFrame) -> Figure | None:
     single = done.set_index("variant")[PLAIN] - done.loc[done["variant"] == RECIPE.name, PLAIN].mean()
     rows = [(name, row["difference"], row["error"], single[[name]].tolist()) for name, row in found.iterrows()]
     title = f"Ablations at width {done['width'].max()}: difference of test accuracy to the recipe's"
-    label = "points of accuracy (bar: standard error; small dots: each run; hollow: only one run)"
+    label = "points of accuracy (bar: standard error; small dots: each run)"
     return plotting.differences(rows, title=title, xlabel=label) if rows else None
 
 

@@ -65,11 +65,6 @@ ABLATIONS = (
     Variant("no EMA", "the last weights instead of their running average", {"ema_decay": 0.0}),
     Variant("no label smoothing", "targets of 0 and 1", {"label_smoothing": 0.0}),
     Variant("coupled decay", "Adam's L2 penalty at a single, untuned value, 1e-4", {"coupled_decay": 1e-4}),
-    # The settings that the search added, each as it was before.
-    Variant("without LRMIN by onset", "LRMIN where the loss falls most steeply", {"lr_rule": "steepest-minimum"}),
-    Variant("without ghost batch 64", "batch norm over all 512 images", {"ghost_batch": 0}),
-    Variant("without label smoothing 0.2", "label smoothing 0.1", {"label_smoothing": 0.1}),
-    Variant("without patch filters", "torch's initial weights", {"init": "default"}),
 )
 
 

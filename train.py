@@ -43,7 +43,6 @@ def make_parser() -> ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     run.add_argument("--threads", type=int, help="CPU threads (default: all cores); share them among processes")
     add_arguments(parser.add_argument_group("settings"))
-    parser.set_defaults(profile="full" if runtime.pick_device().type == "cuda" else "quick")
     return parser
 
 
@@ -54,9 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     def train() -> None:
         nonlocal job
         args = make_parser().parse_args(argv)
-        config = from_arguments(args)
         ranks, device_name = join_ranks(args.device)
         device = runtime.pick_device(device_name)
+        args.profile = args.profile or ("full" if device.type == "cuda" else "quick")
+        config = from_arguments(args)
         if args.threads is not None:
             runtime.set_threads(args.threads)
         run_dir = args.run_dir or runtime.PROJECT_ROOT / "runs" / f"{config.profile}-seed{config.seed}"

@@ -140,10 +140,10 @@ def timed(action: Callable[[], object]) -> float:
 def measure(rows: Sequence[tuple[dict, Callable]], args: argparse.Namespace) -> list[dict]:
     """One pass of each row to warm up, then the others in turns: ``seconds`` is their median; or ``error`` says why not."""
     found, prepare = zip(*rows)
-    if args.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         passes = [each() for each in prepare]
         first = [timed(run) for run in passes]
         repeats = 1 if found[0]["part"] == "run" else args.repeats
@@ -166,8 +166,9 @@ def profile_steps(run: Callable[[], object], steps: int) -> dict:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         timed(run)
     launches = sum(event.count for event in profiler.key_averages() if "Launch" in event.key) / steps
-    kernels = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
-    times = {event.key: event.self_device_time_total / 1000 / steps for event in kernels}
+    on_gpu = (event for event in profiler.key_averages() if event.device_type.name == "CUDA")
+    # An annotation, such as the one of Adam's step, spans kernels that are counted themselves.
+    times = {each.key: each.self_device_time_total / 1000 / steps for each in on_gpu if not each.is_user_annotation}
     top = sorted(times.items(), key=lambda item: -item[1])[:10]
     return {"launches": launches, "gpu_ms": sum(times.values()), "kernels": top}
 

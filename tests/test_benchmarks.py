@@ -1,5 +1,6 @@
 """The benchmark's tables hold every row. Nothing here depends on how fast the machine is."""
 
+import contextlib
 import json
 import statistics
 import types
@@ -121,3 +122,18 @@ def test_measured_files_are_published_and_trials_are_not(tmp_path, monkeypatch, 
 
 def test_the_readme_shows_the_stored_files():
     assert speed.readme_block() in (speed.HERE / "README.md").read_text("utf-8")
+
+
+def test_gpu_time_counts_each_kernel_once(monkeypatch):
+    """The profiler also lists "Optimizer.step#Adam.step" on the GPU, from its first kernel to its last."""
+
+    def event(key: str, device: str, microseconds: float, is_user_annotation: bool = False):
+        kind, times = types.SimpleNamespace(name=device), dict(self_device_time_total=microseconds, count=4)
+        return types.SimpleNamespace(key=key, device_type=kind, is_user_annotation=is_user_annotation, **times)
+
+    events = [event("conv", "CUDA", 6000), event("adam", "CUDA", 2000), event("cudaLaunchKernel", "CPU", 0)]
+    events.append(event("Optimizer.step#Adam.step", "CUDA", 5000, is_user_annotation=True))
+    profiler = types.SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(speed, "profile", lambda activities: contextlib.nullcontext(profiler))
+    found = speed.profile_steps(lambda: None, steps=2)
+    assert found == {"launches": 2.0, "gpu_ms": 4.0, "kernels": [("conv", 3.0), ("adam", 1.0)]}

@@ -170,12 +170,21 @@ def test_a_gpu_that_refuses_the_recording_trains_eagerly():
     assert_same_run(eager, refused)
 
 
-def test_a_refused_recording_is_one_warning():
+def test_a_refused_recording_is_one_warning_with_the_cause():
     state = new_state(True)
-    state.step.capture = lambda step: (_ for _ in ()).throw(RuntimeError("not permitted"))
-    with pytest.warns(UserWarning, match=r"could not be recorded \(not permitted\)") as warned:
+
+    def refuse(step):  # like torch, in the middle of Adam's step, which then tries to end the recording
+        state.optimizer.grad_scale = torch.tensor(2.0)
+        try:
+            raise RuntimeError("not permitted\nand advice")
+        finally:
+            raise RuntimeError("a previous error")
+
+    state.step.capture = refuse
+    with pytest.warns(UserWarning, match=r"could not be recorded \(not permitted\): training") as warned:
         train(state, list(batches(9)))
     assert len(warned) == 1
+    assert not hasattr(state.optimizer, "grad_scale")  # the next step's would be multiplied by it
 
 
 def test_several_ranks_train_eagerly():

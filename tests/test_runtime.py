@@ -52,10 +52,10 @@ def test_what_this_machine_lacks_is_refused_with_the_alternatives(monkeypatch, c
 
 
 def test_a_gpu_that_torch_has_no_code_for_is_passed_over_or_refused(monkeypatch):
-    def ones(count: int, device: torch.device) -> torch.Tensor:
+    def ones(*shape: int, device: torch.device) -> torch.Tensor:
         if device.type == "cuda":
             raise RuntimeError("CUDA error: no kernel image is available\nand four lines of advice")
-        return torch.zeros(count)
+        return torch.zeros(shape)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -117,3 +117,12 @@ def test_a_result_names_its_versions_device_and_commit():
     assert machine.device_name(CPU).endswith("CPU, 1 thread")
     assert machine.code_commit() == "unknown" or len(machine.code_commit().rstrip("+")) == 40
     assert printable("caf\udce9") == "caf\\xe9"
+
+
+def test_a_gpu_that_is_too_old_for_cudnn_costs_no_run(monkeypatch):
+    def version():
+        raise RuntimeError("cuDNN version 91900 is not compatible with devices with SM < 7.5")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    assert machine.versions()["torch"] == torch.__version__

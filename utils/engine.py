@@ -34,7 +34,6 @@ BAR_SECONDS = 1.0  # between two readings of the metrics for the progress bar; e
 EMA_EVERY = 5  # steps between two updates of the weight average
 SHORT_RUN = 200  # steps; in a shorter run, the recipe's averages would still hold much of the untrained network
 MEMORY_SHARE = 20  # in a short run, averages span at most one 20th of the steps
-EAGER_STEPS = 3  # before the step is recorded: cuDNN chooses its algorithms, Adam makes its state
 # Test-time augmentation: the weights of an image's views.
 TTA = {"none": (1,), "flip": (1 / 2, 1 / 2), "six views": (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8)}
 
@@ -257,8 +256,7 @@ def start(model: nn.Module, config: Config, ends: tuple[float, float], steps_per
     if config.compile != "off":
         model.compile(mode=config.compile, dynamic=False)
     state = TrainState(model, optimizer, make_criterion(config), precision, precision.grad_scaler(), schedule, average)
-    if is_recorded:
-        state.step = RecordedStep(is_compiled=config.compile != "off")
+    state.step = RecordedStep(is_compiled=config.compile != "off") if is_recorded else None
     return state
 
 
@@ -306,7 +304,7 @@ class RecordedStep:
     def __init__(self, is_compiled: bool = False, capture: Callable | None = None):
         self.is_compiled = is_compiled
         self.capture = capture or cuda_graph
-        self.eager_steps = EAGER_STEPS  # still to be made
+        self.eager_steps = 3  # still to be made
         self.images: Tensor | None = None  # the recorded memory, of the size of the first batch
         self.replay: Callable[[], None] | None = None
 
@@ -337,8 +335,10 @@ class RecordedStep:
         try:
             self.replay, self.result = self.capture(lambda: train_step(state, self.images, self.labels))
         except RuntimeError as error:
-            warnings.warn(f"the training step could not be recorded ({error}): training goes on without", stacklevel=2)
+            reason = str(error.__context__ or error).partition("\n")[0]  # ending a broken recording fails, too
+            warnings.warn(f"the training step could not be recorded ({reason}): training goes on without", stacklevel=2)
             state.optimizer.zero_grad()
+            vars(state.optimizer).pop("grad_scale", None)  # the scaler's, if Adam was interrupted
             state.scaler = state.precision.grad_scaler()
             state.scaler.load_state_dict(scale)
         finally:
@@ -348,7 +348,8 @@ class RecordedStep:
 
 def cuda_graph(step: Callable[[], tuple[Tensor, Tensor]]):
     """``step`` as a CUDA graph: ``(replay, result)``. Recording computes nothing; each replay refills ``result``."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as loaders', may go on
+    graph, stream, usual = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    # A failed recording would leave its own stream in use. Other threads, such as loaders', may go on meanwhile.
+    with torch.cuda.stream(usual), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = step()
     return graph.replay, result

@@ -35,8 +35,7 @@ def small_run(dataset: ImageDataset, lr_range: tuple[float, float] = (1e-4, 1e-2
         lr_range: LRMIN and LRMAX.
         changes: of settings, such as ``schedule="constant"``. Runs of one ``seed`` have the same draws.
     """
-    settings = {"width": 8, "epochs": 8, "peak_epoch": 2, "batch_size": 50, "ema_decay": 0}
-    config = from_profile("quick", **{**settings, **changes})
+    config = from_profile("quick", **dict(width=8, epochs=8, peak_epoch=2, batch_size=50, ema_decay=0) | changes)
     precision = pick_precision("fp32", torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import platform
@@ -54,7 +55,9 @@ def versions() -> dict[str, str]:
     """The versions that a result is quoted with."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     if torch.cuda.is_available():
-        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+        found["cuda"] = torch.version.cuda
+        with contextlib.suppress(RuntimeError):  # cuDNN may be too new for one of the GPUs
+            found["cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 

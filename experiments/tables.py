@@ -99,7 +99,7 @@ def spread(values: pd.Series) -> str:
 
 def about(rows: pd.DataFrame) -> str:
     """Images, width and machines of runs."""
-    row, devices = rows.iloc[0], " and ".join(sorted(rows["device"].unique()))
+    row, devices = rows.iloc[0], "; ".join(sorted(rows["device"].unique()))
     images = f"{row['train_images']:,.0f} train and {row['test_images']:,.0f} {row['split']} images"
     return f"{images} of {row['data'].partition(';')[0]}, width {row['width']}, on {devices}."
 
@@ -141,8 +141,8 @@ def ablations_section(data: pd.DataFrame, is_page: bool = True) -> str:
         f"points, and {pooled_spread(done, TTA):.2f} with flip TTA. ({APART.capitalize()}, whose runs scatter far more, has a "
         "spread of its own.) All differences are to the same runs of the recipe, and so share their error.\n\n"
         f"{markdown_table(header, table)}\n\nDifferences of more than two standard errors "
-        f"{'; '.join(f'{place}: {names}' for place, names in named.items() if names)}. Of differences that are pure noise, one "
-        f"in twenty is as large.{f' Not run yet: {missing}.' if missing else ''}"
+        f"{'; '.join(f'{place}: {names}' for place, names in named.items() if names)}. Where a change does "
+        f"nothing, chance alone makes so large a difference one time in twenty.{f' Not run yet: {missing}.' if missing else ''}"
     )
 
 

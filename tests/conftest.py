@@ -28,6 +28,12 @@ def _fixed_threads():
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """A test's random weights do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c():
     """Shells let the commands that they start in the background ignore Ctrl-C, which tests send."""

@@ -62,7 +62,7 @@ def check_block(answer: Callable[[int], nn.Module]) -> None:
             return "one of the two layers does nothing for the output"
         for parameter in weights[:3]:  # half of them: what one layer then makes, 0, is all that the other may see
             parameter.data.zero_()
-        return "" if block(x).equal(x) else "with one layer's weights at 0, R(x) is 0 and x must come out; yours differs"
+        return "" if block(x).equal(x) else "with one layer's weights at 0, R(x) is 0 and x must come out: not so here"
 
     _report(difference)
 

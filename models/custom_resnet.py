@@ -19,8 +19,8 @@ IMAGE_SIZE = 32
 class ConvLayer(nn.Module):
     """3x3 convolution -> (max-pool) -> batch norm -> ReLU -> dropout.
 
-    Pooling comes *before* batch norm and ReLU: the maximum commutes with both (up to the sign of batch norm's scale),
-    and they then have only a quarter of the pixels to process.
+    Pooling comes *before* batch norm and ReLU, which then have only a quarter of the pixels to process. In eval mode the
+    order makes no difference where batch norm's scale is positive.
 
     Args:
         in_channels, out_channels: channels of the input and the output.

@@ -19,11 +19,6 @@ from utils.transforms import normalize
 REFERENCE_SUMMARY = PROJECT_ROOT.parent / "shared" / "reference" / "model_summary.txt"
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def test_the_summary_is_the_assignments_table():
     def lines(text):  # without rules and alignment, and with this project's class name
         lines = [" ".join(line.split()) for line in text.replace("Make_Custom_Layer-", "CustomLayer-").splitlines()]
@@ -125,7 +120,6 @@ def test_both_forms_of_ghost_batch_norm_give_the_same_bits(count):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_ghost_batches_are_the_same():
-    torch.manual_seed(0)
     eager = GhostBatchNorm2d(16, group=4)
     compiled = copy.deepcopy(eager)
     torch.compiler.reset()

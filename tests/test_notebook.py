@@ -154,10 +154,12 @@ def test_shown_code_is_the_code_that_runs():
 
 
 def test_the_stored_run_trained():
-    """To its last epoch, in these outputs; a full one ends where the recipe's other seeds do."""
+    """To its last epoch, in these outputs; a full run is the published one, or from another machine and close to it."""
     printed, published = outputs("Session10"), report.read_metrics()
     assert "already holds" not in printed
     assert len(re.findall(r"^ +\d+/\d+ +\d\.\de-\d+ .*%", printed, re.M)) == (24 if "full profile" in printed else 6)
     if "full profile" in printed:
-        accuracy = float(re.search(r"final test ([\d.]+)%", printed)[1])
-        assert abs(accuracy - published["mean_accuracy"]) < 4 * published["std_accuracy"]
+        final = re.search(r"final test (([\d.]+)%.*)", printed)
+        is_elsewhere = published["device"] not in outputs("Session10", "settings = ")
+        assert final[1] == report.accuracies(published) or is_elsewhere
+        assert abs(float(final[2]) - published["mean_accuracy"]) < 4 * published["std_accuracy"]

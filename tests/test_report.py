@@ -191,7 +191,6 @@ def test_what_cannot_be_published_changes_nothing(project, metrics, fault):
 
 
 def test_the_final_test_is_of_the_weights_in_the_file(toy, tmp_path):
-    torch.manual_seed(0)
     model = CustomResNet(width=8)
     found = report.final_test(model, toy)
     save_weights(model, tmp_path / "weights.safetensors", {"classes": list(CIFAR10_CLASSES)})
